@@ -1,0 +1,58 @@
+# `make help` lists the targets. Everything runs from the virtual environment in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Nothing that runs here reports to its makers.
+export RAY_USAGE_STATS_ENABLED := 0
+# With usage statistics off, Ray still reports once that they are off: to nobody.
+export RAY_USAGE_STATS_REPORT_URL := http://127.0.0.1:9/
+export MLFLOW_DISABLE_TELEMETRY := true
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-all lint types format clean
+
+help: ## list these targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
+		| while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+install: $(STAMP) ## create .venv and install Esper with its tested dependencies
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python must be 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
+			"install a newer one and name it: make install PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+		rm -rf $(VENV); \
+		echo "a virtual environment could not be created; on Debian and Ubuntu:" \
+			"apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install ## run the paired experiment on the two spirals and print its verdict
+	$(BIN)/esper ab configs/sweeps/ab_spirals.yaml
+
+test: lint types ## lint, check types, run the quick tests
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: lint types ## lint, check types, run all tests
+	$(BIN)/python -m pytest
+
+lint: install ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install ## check types
+	$(BIN)/mypy
+
+format: install ## format the code and fix what can be fixed safely
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, caches and build results; runs/ and mlflow.db stay
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	find platform kernels experiments serve_apps tests -name __pycache__ -type d -prune -exec rm -rf {} +

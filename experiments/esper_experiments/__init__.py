@@ -1,0 +1,1 @@
+"""Experiments: paired sweeps on Ray Tune, and the entry point of the command line."""

@@ -1,0 +1,1 @@
+"""The command line: `esper run | ab | ui | doctor`."""

@@ -1,0 +1,186 @@
+"""`esper ab`: progress while the sweep runs, then the table, the verdicts and where to look."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from esper.config.sweep import SweepConfig, load_sweep
+from esper_experiments.watcher import Watcher
+
+if TYPE_CHECKING:
+    from esper.evidence.records import TrialRecord
+    from esper.evidence.verdict import Verdict
+    from esper_experiments.sweep import SweepResult
+
+COLOURS = {"WIN": "green", "LOSE": "red", "EQUIVALENT": "cyan", "INCONCLUSIVE": "yellow"}
+
+
+def run_ab(config: Path, json_file: Path | None) -> int:
+    """Run the sweep and print what it found.
+
+    Returns:
+        The exit code.
+    """
+    console = Console()
+    sweep = load_sweep(config)
+    console.print(f"{len(sweep.arms)} arms x {sweep.pairs} pairs; checking, then starting Ray ...")
+    from esper_experiments.sweep import run_sweep
+
+    watcher = _Progress(console, sweep)
+    with watcher:
+        result = run_sweep(sweep, watcher, command=f"esper ab {config}")
+    show(console, sweep, result)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
+        console.print(f"JSON: {json_file}")
+    return 5 if result.verdicts[0].verdict == "UNHEALTHY" else 0
+
+
+class _Progress(Watcher):
+    """A bar with the time left on a terminal; one line a trial elsewhere."""
+
+    def __init__(self, console: Console, sweep: SweepConfig) -> None:
+        self._console, self._metric = console, sweep.question.metric
+        self._bar = Progress(
+            TextColumn("trials"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"), TextColumn("{task.fields[now]}"), console=console,
+        )  # fmt: skip
+        self._task = self._bar.add_task("trials", total=None, left="", now="")
+        self._running: dict[str, dict[str, float]] = {}
+        self._total = self._before = self._done = 0
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def planned(self, trial_ids: Sequence[str], finished: int) -> None:
+        """The plan is made."""
+        self._total, self._before = len(trial_ids), finished
+        self._started = time.monotonic()
+        if finished:
+            self._console.print(f"{finished} of {len(trial_ids)} trials had finished before")
+        self._bar.update(self._task, total=len(trial_ids), completed=finished)
+
+    def progress(self, trial_id: str, latest: dict[str, float]) -> None:
+        """A trial goes on."""
+        self._running[trial_id] = latest
+        now = "  ".join(
+            f"{name}: step {values['step']:.0f}, loss {values['train_loss']:.3g}"
+            for name, values in self._running.items()
+            if values
+        )
+        self._bar.update(self._task, now=now)
+
+    def finished(self, record: "TrialRecord") -> None:
+        """A trial ended."""
+        self._running.pop(record.trial_id, None)
+        self._done += 1
+        each = (time.monotonic() - self._started) / self._done
+        left = each * (self._total - self._before - self._done)
+        self._bar.update(self._task, advance=1, left=f"about {left:.0f} s left")
+        if not self._console.is_terminal:
+            value = record.metrics[self._metric]
+            print(
+                f"[{self._before + self._done}/{self._total}] {record.trial_id}: "
+                f"{self._metric} {value:.4g}, {record.metrics['parameters']:.0f} parameters, "
+                f"{record.metrics['train_seconds']:.1f} s; about {left:.0f} s left",
+                flush=True,
+            )
+
+
+def show(console: Console, sweep: SweepConfig, result: "SweepResult") -> None:
+    """The arms, the verdicts with their reasons, and where everything lies."""
+    console.print(_arms_table(sweep, result))
+    for verdict in result.verdicts:
+        colour = COLOURS.get(verdict.verdict, "magenta")
+        console.print(
+            f"[bold {colour}]{verdict.verdict}[/]  {verdict.treatment} against {verdict.control}"
+            f"{'' if verdict is result.verdicts[0] else '  (secondary)'}"
+        )
+        for reason in verdict.reasons:
+            console.print(f"    {reason}", highlight=False)
+    t = result.timing
+    if t.trials:
+        console.print(
+            f"{t.trials} trials in {t.wall_seconds:.0f} s, of which {t.start_seconds:.1f} s "
+            f"start-up; overhead {t.overhead_seconds_per_trial:.2f} s a trial"
+        )
+    q = result.registration
+    console.print(
+        f"question registered {q.registered_at:%Y-%m-%d %H:%M:%S} UTC, sha256 "
+        f"{q.registration_hash[:16]}; evidence and pictures: {result.folder}"
+    )
+    console.print(
+        f"MLflow run {result.mlflow_run_id} in {sweep.mlflow.tracking_uri}; "
+        f"see it with: esper ui --tracking-uri {sweep.mlflow.tracking_uri}"
+    )
+
+
+def _arms_table(sweep: SweepConfig, result: "SweepResult") -> Table:
+    metric = sweep.question.metric
+    table = Table(title=f"{sweep.name}: {metric} over {sweep.pairs} pairs", title_justify="left")
+    table.add_column("arm")
+    heads = ("mean", "sd", "worst", "parameters", "steps", "training MFLOP", "train s", "collapsed")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for name, arm in result.arms.items():
+        table.add_row(
+            name, _figure(arm.mean), _figure(arm.sd), _figure(arm.worst),
+            _figure(arm.parameters_mean, ".0f"), _figure(arm.steps, ".0f"),
+            _figure(arm.train_flops_mean and arm.train_flops_mean / 1e6, ",.0f"),
+            _figure(arm.train_seconds_mean, ".1f"), str(arm.collapsed),
+        )  # fmt: skip
+    return table
+
+
+def _figure(value: float | None, spec: str = ".4f") -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def to_json(result: "SweepResult") -> dict[str, Any]:
+    """The result as plain data; the keys of the primary verdict come first."""
+    primary: Verdict = result.verdicts[0]
+    arms = {
+        name: {
+            "mean": a.mean, "sd": a.sd, "worst": a.worst, "parameters": a.parameters_mean,
+            "steps": a.steps, "train_seconds": a.train_seconds_mean,
+            "train_flops": a.train_flops_mean, "collapsed": a.collapsed,
+        }
+        for name, a in result.arms.items()
+    }  # fmt: skip
+    return {
+        "verdict": primary.verdict,
+        "treatment": primary.treatment,
+        "control": primary.control,
+        "metric": primary.metric,
+        "pairs": primary.pairs,
+        "mean_difference": primary.mean_difference,
+        "p_value": primary.p_value,
+        "reasons": primary.reasons,
+        "arms": arms,
+        "secondary": [
+            {
+                "verdict": v.verdict, "treatment": v.treatment, "control": v.control,
+                "mean_difference": v.mean_difference, "p_value": v.p_value, "p_holm": v.p_holm,
+                "reasons": v.reasons,
+            }
+            for v in result.verdicts[1:]
+        ],
+        "mlflow_run_id": result.mlflow_run_id,
+        "registration_hash": result.registration.registration_hash,
+        "commit": primary.commit,
+        "evidence": str(result.folder),
+        "timing": vars(result.timing),
+    }  # fmt: skip

@@ -1,0 +1,84 @@
+"""The typer application. Commands import what they need when they run: `--help` is instant.
+
+Exit codes: 0 done (whatever the verdict), 1 a check of `doctor` failed, 2 a wrong command line
+or configuration, 3 something this command needs is missing or cannot be reached, 4 trials are
+missing and the same command continues, 5 the verdict is UNHEALTHY, 130 interrupted.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from esper.cli.errors import explained
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Grow PyTorch networks while they train, and prove that the growth paid off.",
+    epilog="Exit codes: 0 done, 1 doctor found a failure, 2 wrong command or configuration, "
+    "3 something needed is missing, 4 trials missing (same command continues), "
+    "5 verdict UNHEALTHY, 130 interrupted.",
+)
+
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Also write the result to this file.", dir_okay=False)
+]
+
+
+@app.command()
+@explained
+def ab(
+    config: Annotated[Path, typer.Argument(help="A sweep: configs/sweeps/ab_spirals.yaml.")],
+    json_file: JsonOption = None,
+) -> None:
+    """Run paired arms on Ray Tune, log them to MLflow, and print a verdict.
+
+    The same command continues an interrupted sweep: finished trials are not run again.
+    """
+    from esper.cli.ab import run_ab
+
+    raise typer.Exit(run_ab(config, json_file))
+
+
+@app.command()
+@explained
+def run(
+    config: Annotated[Path, typer.Argument(help="A run, such as configs/runs/spirals.yaml.")],
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of everything.")] = 0,
+    save: Annotated[
+        Path | None, typer.Option(help="Folder for the trained model and its lattice.")
+    ] = None,
+    tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI.")] = "sqlite:///mlflow.db",
+    json_file: JsonOption = None,
+) -> None:
+    """Train one growing network in this process."""
+    from esper.cli.run import run_once
+
+    run_once(config, seed, save, tracking_uri, json_file)
+
+
+@app.command()
+@explained
+def ui(
+    tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI.")] = "sqlite:///mlflow.db",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
+) -> None:
+    """Open MLflow's pages on the results."""
+    from esper.cli.ui import serve_ui
+
+    serve_ui(tracking_uri, port)
+
+
+@app.command()
+@explained
+def doctor(
+    tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI.")] = "sqlite:///mlflow.db",
+    json_file: JsonOption = None,
+) -> None:
+    """Check this installation, and say what to do about each problem."""
+    from esper.cli.doctor import doctor_command
+
+    doctor_command(tracking_uri, json_file)
