@@ -1,0 +1,1 @@
+"""Plain PyTorch implementations: the definition of correct, and the CPU path."""

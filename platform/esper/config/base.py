@@ -1,0 +1,138 @@
+"""The base of every configuration model, and errors that say where, what rule and what instead."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Config(BaseModel):
+    """A frozen model that refuses unknown keys and never guesses a type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+class ConfigError(ValueError):
+    """One or more wrong keys, types or values; `str()` lists each with its path and rule."""
+
+    def __init__(self, source: str, problems: tuple[str, ...]) -> None:
+        # all arguments go to the base class so that the error survives pickling between actors
+        super().__init__(source, problems)
+        self.source, self.problems = source, problems
+
+    def __str__(self) -> str:
+        return f"{self.source} is not valid:\n" + "\n".join(f"  {p}" for p in self.problems)
+
+
+def validate(model: type[M], data: object, *, source: str, at: str = "") -> M:
+    """Build `model` from plain data.
+
+    Args:
+        model: The pydantic model to build.
+        data: Parsed YAML or JSON.
+        source: What the data came from, for the error (a file path).
+        at: Dotted path of `data` inside the source.
+
+    Raises:
+        ConfigError: With one line a problem: path, rule, value and the nearest valid name.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(source, explain(model, error, at=at)) from None
+
+
+def explain(model: type[BaseModel], error: ValidationError, *, at: str = "") -> tuple[str, ...]:
+    """One line a problem of `error`: `path must rule, but got value; what to do`."""
+    return tuple(_line(model, dict(problem), at) for problem in error.errors())
+
+
+def _line(model: type[BaseModel], problem: dict[str, Any], at: str) -> str:
+    loc = [str(part) for part in problem["loc"]]
+    path = ".".join(part for part in (at, *loc) if part) or "(top level)"
+    match problem["type"]:
+        case "extra_forbidden":
+            known = _fields_at(model, problem["loc"][:-1])
+            close = get_close_matches(loc[-1], known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}."
+            return f"{path} must be a known key, but got '{loc[-1]}'; {hint}"
+        case "missing":
+            return f"{path} must be given, but is missing; add it."
+        case "value_error":
+            return f"{path}: {problem['ctx']['error']}"
+        case _:
+            rule = problem["msg"].removeprefix("Input should be ").removeprefix("Value should ")
+            value = repr(problem["input"])
+            shown = value if len(value) <= 60 else value[:57] + "..."
+            return f"{path} must be {rule}, but got {shown}."
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the model that `loc` leads to."""
+    kind: Any = model
+    for part in loc:
+        kind = _step(kind, part)
+    return list(kind.model_fields) if _is_model(kind) else []
+
+
+def _step(kind: Any, part: int | str) -> Any:
+    if _is_model(kind):
+        field = kind.model_fields.get(part)
+        return _unwrap(field.annotation) if field else None
+    args = get_args(kind)
+    return _unwrap(args[-1] if args and args[-1] is not Ellipsis else args[0]) if args else None
+
+
+def _unwrap(kind: Any) -> Any:
+    """The model inside `X | None`."""
+    if get_origin(kind) in (Union, UnionType):
+        return next((a for a in get_args(kind) if a is not type(None)), None)
+    return kind
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML loader that refuses a key given twice; plain YAML keeps the last one silently."""
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    twice = next((k for k in keys if keys.count(k) > 1), None)
+    if twice is not None:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"key '{twice}' must be given once, but is given twice", node.start_mark
+        )
+    return {
+        k: loader.construct_object(v, deep=True) for k, (_, v) in zip(keys, node.value, strict=True)
+    }
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Parse one YAML file into a mapping.
+
+    Raises:
+        ConfigError: If the file is missing, is not YAML, or is not a mapping of keys.
+    """
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(
+            str(path), (f"the file must be readable, but: {error.strerror}.",)
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), (f"the file must be YAML, but: {error}",)) from None
+    if not isinstance(data, Mapping):
+        raise ConfigError(str(path), (f"the file must hold keys and values, but got {data!r}.",))
+    return dict(data)

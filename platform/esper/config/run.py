@@ -1,0 +1,126 @@
+"""Configuration of one run: a task, a host, where it may grow, and who decides."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from esper.config.base import Config, read_yaml, validate
+
+
+class Plugin(Config):
+    """A registered name with its own options, which that plug-in checks."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class SiteConfig(Config):
+    """One `attach` call: the places it matches and the seeds that each of them gets."""
+
+    sites: str = Field(description="Module path, glob, or a span `a->b`.")
+    seeds_per_layer: PositiveInt
+    geometry: Literal["chunk", "span"] = "chunk"
+    hidden: PositiveInt | None = Field(
+        None, description="Hidden units a chunk seed has; None: the chunk's width, at least 2."
+    )
+    channels: PositiveInt | None = Field(
+        None, description="Channels of the site's output, where its type does not tell."
+    )
+    channel_axis: int | None = Field(None, description="Axis of the channels, where not told.")
+
+
+class TrainConfig(Config):
+    """The optimizer and its schedule; equal for all arms unless an arm says otherwise."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt | None = Field(None, description="None: the whole training set.")
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: float = Field(0.0, ge=0)
+    interval_steps: PositiveInt = Field(100, description="Optimizer steps between two reports.")
+
+    @model_validator(mode="after")
+    def _whole_intervals(self) -> "TrainConfig":
+        if self.steps % self.interval_steps:
+            raise ValueError(
+                f"steps must be a multiple of interval_steps ({self.interval_steps}), "
+                f"but got {self.steps}; change one of them."
+            )
+        return self
+
+
+class GrowthConfig(Config):
+    """Times of the seed lifecycle, the gates' thresholds, and the limits the shield enforces."""
+
+    objective: Literal["desired_update", "reconstruction"] = "desired_update"
+    training_intervals: PositiveInt = Field(1, description="Least intervals in TRAINING (G2).")
+    min_explained_frac: float = Field(
+        0.0, le=1, description="G2: least share of the isolated target that the seed explains."
+    )
+    patience_intervals: PositiveInt = Field(
+        8, description="Intervals a gate may keep a seed waiting before it is culled."
+    )
+    ramp_steps: PositiveInt = Field(100, description="Optimizer steps for alpha 0 -> 1.")
+    stabilization_intervals: PositiveInt = 1
+    fine_tuning_intervals: PositiveInt = 10
+    embargo_intervals: NonNegativeInt = Field(5, description="Rest of a culled slot (G1).")
+    min_gain: float = Field(0.0, description="G5: least held-out loss that a seed must save.")
+    max_instability_frac: PositiveFloat = Field(
+        0.5, description="G4: greatest relative rise of the training loss since grafting began."
+    )
+    max_drift_frac: PositiveFloat = Field(
+        0.5, description="Relative host weight change per interval above which grafting waits."
+    )
+    max_grad_norm_ratio: PositiveFloat = Field(
+        10.0,
+        description="Gradient norm over its running median, or its inverse, that is unhealthy.",
+    )
+    max_active_seeds: PositiveInt | None = Field(None, description="G0: seeds awake at once.")
+    max_parameters: PositiveInt | None = Field(
+        None, description="G0: host and awake seeds together; None: no limit."
+    )
+    max_failures: PositiveInt = Field(
+        8, description="Culls in a row after which the shield refuses to germinate."
+    )
+
+
+class RunConfig(Config):
+    """Everything that one run depends on, except its random seed."""
+
+    task: Plugin
+    host: Plugin
+    train: TrainConfig
+    lattice: tuple[SiteConfig, ...] = ()
+    growth: GrowthConfig = GrowthConfig()
+    controller: Plugin = Plugin(name="static")
+    follow: str | None = Field(
+        None,
+        description="An arm of the sweep; this arm runs after it, with its growth events.",
+    )
+    start: Literal["host", "grown"] = Field(
+        "host", description="grown: start from the topology that the followed arm ended with."
+    )
+    seed_salt: NonNegativeInt = Field(
+        0, description="Added to the pair's seed of this arm alone; for A/A runs only."
+    )
+    device: str = "cpu"
+    plugins: tuple[str, ...] = Field((), description="Modules to import: they register plug-ins.")
+
+    @model_validator(mode="after")
+    def _grown_follows(self) -> "RunConfig":
+        if self.start == "grown" and self.follow is None:
+            raise ValueError(
+                "start must be 'host' for a run that follows no arm, but got 'grown'; "
+                "set `follow` to the arm whose topology it takes."
+            )
+        return self
+
+
+def load_run(path: Path) -> RunConfig:
+    """Read one run.
+
+    Raises:
+        ConfigError: With every problem of the file.
+    """
+    return validate(RunConfig, read_yaml(path), source=str(path))

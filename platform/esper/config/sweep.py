@@ -1,0 +1,145 @@
+"""Configuration of a sweep: paired arms, the question asked of them, and where results go."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from esper.config.base import Config, ConfigError, read_yaml, validate
+from esper.config.run import RunConfig
+
+
+class Guardrail(Config):
+    """A metric that the treatment must not worsen; non-inferiority at one-sided 0.05."""
+
+    metric: str
+    margin: float = Field(ge=0, description="Greatest tolerated worsening.")
+    relative: bool = Field(
+        False, description="True: the margin is a share of the control's mean, not in units."
+    )
+    higher_is_better: bool = False
+
+
+class Comparison(Config):
+    """Treatment against control."""
+
+    treatment: str
+    control: str
+
+
+class Question(Comparison):
+    """What the sweep is to decide; its hash is registered before the first trial."""
+
+    metric: str = Field(description="A final metric of every trial.")
+    higher_is_better: bool = True
+    margin: PositiveFloat = Field(description="Equivalence margin, in units of the metric.")
+    test: Literal["sign_flip", "wilcoxon"] = "sign_flip"
+    guardrails: tuple[Guardrail, ...] = ()
+    secondary: tuple[Comparison, ...] = Field(
+        (), description="Further comparisons of the same metric, Holm-corrected as a family."
+    )
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """The primary comparison first, then the secondary ones."""
+        return (Comparison(treatment=self.treatment, control=self.control), *self.secondary)
+
+
+class Resources(Config):
+    """What Ray gives to each trial."""
+
+    cpus_per_trial: PositiveFloat = 1.0
+    gpus_per_trial: float = Field(0.0, ge=0)
+    num_cpus: PositiveInt | None = Field(None, description="None: all CPUs of this machine.")
+
+
+class TrackingConfig(Config):
+    """Where MLflow keeps the runs."""
+
+    tracking_uri: str = "sqlite:///mlflow.db"
+    experiment: str = "esper"
+
+
+class SweepConfig(Config):
+    """`esper ab CONFIG`: one base run, arms that differ from it, and the question."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    run: dict[str, Any] = Field(description="The keys of a run; every arm starts from them.")
+    arms: dict[str, dict[str, Any]] = Field(min_length=2, description="Overrides of each arm.")
+    pairs: int = Field(16, ge=2, le=64)
+    first_seed: NonNegativeInt = 0
+    question: Question
+    resources: Resources = Resources()
+    mlflow: TrackingConfig = TrackingConfig()
+    output_dir: Path = Path("runs")
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> "SweepConfig":
+        for side in {s for c in self.question.comparisons for s in (c.treatment, c.control)}:
+            if side not in self.arms:
+                raise ValueError(
+                    f"question must compare arms of this sweep ({', '.join(self.arms)}), "
+                    f"but got '{side}'; correct the name."
+                )
+        return self
+
+    def run_config(self, arm: str) -> RunConfig:
+        """The configuration of one arm: the base run with the arm's overrides merged in.
+
+        Raises:
+            ConfigError: If the merged keys are not a valid run.
+        """
+        merged = _merge(self.run, self.arms[arm])
+        config = validate(RunConfig, merged, source=f"arm '{arm}'", at=f"arms.{arm}")
+        if config.follow is not None and (
+            config.follow == arm
+            or config.follow not in self.arms
+            or self.arms[config.follow].get("follow") is not None
+        ):
+            raise ConfigError(
+                f"arm '{arm}'",
+                (
+                    f"arms.{arm}.follow must name another arm that follows none, "
+                    f"but got '{config.follow}'.",
+                ),
+            )
+        return config
+
+    @property
+    def config_hash(self) -> str:
+        """sha256 of everything that decides the result; not of where it is stored."""
+        content = self.model_dump(mode="json", exclude={"mlflow", "output_dir", "resources"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key; anything else is replaced.
+
+    A plug-in with a new name starts with no options: another's mean nothing to it.
+    """
+    merged = dict(base)
+    for key, value in override.items():
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            renamed = "name" in value and value["name"] != old.get("name")
+            merged[key] = value if renamed else _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def load_sweep(path: Path) -> SweepConfig:
+    """Read a sweep and check every arm of it.
+
+    Raises:
+        ConfigError: With every problem of the file or of one arm.
+    """
+    sweep = validate(SweepConfig, read_yaml(path), source=str(path))
+    for arm in sweep.arms:
+        try:
+            sweep.run_config(arm)
+        except ConfigError as error:
+            raise ConfigError(str(path), error.problems) from None
+    return sweep

@@ -1,0 +1,118 @@
+"""What a lattice tells its controller once an interval."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esper.config.run import GrowthConfig
+from esper.seeds.blueprints import Geometry
+from esper.seeds.state import AWAKE_STAGES, SeedState, Stage
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class SiteReport:
+    """Telemetry of one site; every array has one value per seed, shape `[S]`.
+
+    A value that was not measured is NaN, and whoever needs it must refuse it.
+
+    Attributes:
+        name: Name of the site.
+        geometry: 'chunk' or 'span'.
+        stage: Stages.
+        blueprint_id: Indices into the blueprint registry.
+        epochs: Intervals in the stage.
+        graft_id: Indices into the registry of graft strategies.
+        alpha: Blend weights in [0, 1].
+        progress: Progress of the graft in [0, 1].
+        grad_energy: Mean squared gradient of the loss at the seed's channels, times the batch's
+            rows squared (so that it does not depend on the batch size).
+        variance: Variance of the seed's channels.
+        dead_frac: Share of the seed's activations with |x| < 1e-6.
+        explained_frac: Share of the isolated target that the seed explains; at most 1.
+        graft_loss: Training loss when the seed's grafting began.
+        gain: Held-out loss without the seed minus with it, in units of the loss.
+        gain_se: Standard error of `gain`; NaN if the evaluation gave one number only.
+        seed_parameters: Parameters of one seed by blueprint, for those that fit the site.
+    """
+
+    name: str
+    geometry: Geometry
+    stage: Ints
+    blueprint_id: Ints
+    epochs: Ints
+    graft_id: Ints
+    alpha: Floats
+    progress: Floats
+    grad_energy: Floats
+    variance: Floats
+    dead_frac: Floats
+    explained_frac: Floats
+    graft_loss: Floats
+    gain: Floats
+    gain_se: Floats
+    seed_parameters: Mapping[str, int]
+
+    def state(self, seed: int) -> SeedState:
+        """The state of one seed."""
+        return SeedState(
+            Stage(int(self.stage[seed])),
+            int(self.blueprint_id[seed]),
+            int(self.epochs[seed]),
+            int(self.graft_id[seed]),
+        )
+
+    def seeds_in(self, *stages: Stage) -> list[int]:
+        """Indices of the seeds in any of the stages, ascending."""
+        return [int(s) for s in np.flatnonzero(np.isin(self.stage, stages))]
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Everything a controller decides on.
+
+    Attributes:
+        interval: Intervals finished, from 1.
+        step: Optimizer steps done.
+        loss: Mean training loss of the interval; None if the loop did not give it.
+        held_out_loss: Held-out loss with all grafted seeds; None if not evaluated.
+        grad_norm: Norm of the host's gradient at the last step; None if no gradient was left.
+        host_drift_frac: Relative change of the host's weights over the interval; None at first.
+        host_parameters: Parameters of the host.
+        parameters: Parameters of the host and of all awake seeds.
+        growth: Times, thresholds and limits in force.
+        sites: One entry a site.
+    """
+
+    interval: int
+    step: int
+    loss: float | None
+    held_out_loss: float | None
+    grad_norm: float | None
+    host_drift_frac: float | None
+    host_parameters: int
+    parameters: int
+    growth: GrowthConfig
+    sites: tuple[SiteReport, ...]
+
+    def site(self, name: str) -> SiteReport:
+        """The site of that name.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise KeyError(
+            f"site must be one of {', '.join(s.name for s in self.sites)}, but got '{name}'."
+        )
+
+    @property
+    def active_seeds(self) -> int:
+        """Seeds that are awake, over all sites."""
+        return sum(len(site.seeds_in(*AWAKE_STAGES)) for site in self.sites)
