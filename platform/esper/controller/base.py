@@ -1,0 +1,85 @@
+"""The controller contract, the registry, and what all growing controllers have in common."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from esper.config.base import Config
+from esper.registry import Registry
+from esper.seeds import gates
+from esper.seeds.actions import Action, Advance, Cull, Promote, Rollback
+from esper.seeds.report import Report, SiteReport
+from esper.seeds.state import Stage
+
+
+class Controller(Protocol):
+    """Turns a report into actions. It may remember; it must not change the report."""
+
+    def decide(self, report: Report) -> list[Action]:
+        """Actions for the end of this interval, in the order in which they are to be applied."""
+        ...
+
+
+@dataclass(frozen=True)
+class GrowthEvent:
+    """One seed that another run germinated and kept.
+
+    Attributes:
+        interval: When.
+        site: Where.
+        seed: Which.
+        blueprint: What.
+    """
+
+    interval: int
+    site: str
+    seed: int
+    blueprint: str
+
+
+class ControllerOptions(Config):
+    """Options of a controller; subclasses add their own and `build`."""
+
+    def build(self, seed: int, events: tuple[GrowthEvent, ...] = ()) -> Controller:
+        """A controller at the start of a run.
+
+        Args:
+            seed: Seed of its random draws.
+            events: What the followed arm grew, if this arm follows one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define build(seed, events).")
+
+
+CONTROLLERS: Registry[type[ControllerOptions]] = Registry("controller")
+
+
+def shepherd(report: Report) -> list[Action]:
+    """Moves every awake seed along its life as the gates allow.
+
+    Seeds that fail G5 are culled at once; seeds whose gate stays shut for
+    `growth.patience_intervals` are given up.
+    """
+    return [
+        action
+        for site in report.sites
+        for seed in site.seeds_in(*(set(Stage) - {Stage.DORMANT, Stage.FOSSILIZED}))
+        for action in _move(report, site, seed)
+    ]
+
+
+def _move(report: Report, site: SiteReport, seed: int) -> Iterator[Action]:
+    state = site.state(seed)
+    if state.stage is Stage.GERMINATED:
+        yield Promote(site.name, seed, "a training slot is free")
+        return
+    gate = gates.next_gate(report, site, seed)
+    reason = f"{gate.name}: {gate.reason}"
+    if gate.passed:
+        yield Advance(site.name, seed, reason)
+    elif state.stage is Stage.EVALUATING:
+        yield Cull(site.name, seed, reason)
+    elif state.epochs >= report.growth.patience_intervals:
+        if state.stage in (Stage.TRAINING, Stage.GRAFTING):
+            yield Cull(site.name, seed, f"gave up after {state.epochs} intervals; {reason}")
+        elif state.stage is Stage.STABILIZATION:
+            yield Rollback(site.name, seed, f"the host did not settle; {reason}")

@@ -1,0 +1,110 @@
+"""Tamiyo, the heuristic: grow on a plateau, where the gradient asks for it most.
+
+It waits for a plateau of the training loss, then wakes the dormant seeds with the highest
+gradient energy, a few at a time, and lets each wave recover before the next. The gates decide
+about every seed's further life.
+"""
+
+from pydantic import Field, PositiveInt
+
+from esper.controller.base import (
+    CONTROLLERS,
+    Controller,
+    ControllerOptions,
+    GrowthEvent,
+    shepherd,
+)
+from esper.seeds.actions import Action, Germinate
+from esper.seeds.gates import MissingMeasurementError, resources
+from esper.seeds.report import Report, SiteReport
+from esper.seeds.state import PIPELINE_STAGES, Stage
+
+
+class HeuristicController:
+    """Plateau, score, wave; see the module."""
+
+    def __init__(self, options: "TamiyoOptions") -> None:
+        self._options = options
+        self._best = float("inf")
+        self._stale = 0
+
+    def decide(self, report: Report) -> list[Action]:
+        """Shepherds the awake seeds, and germinates a wave on a plateau.
+
+        Raises:
+            MissingMeasurementError: If the report holds no training loss or no gradient.
+        """
+        actions: list[Action] = shepherd(report)
+        if self._plateau(report) and not self._busy(report) and self._in_time(report):
+            wave = self._wave(report)
+            self._stale = 0 if wave else self._stale
+            actions += wave
+        return actions
+
+    def _plateau(self, report: Report) -> bool:
+        if report.loss is None:
+            raise MissingMeasurementError(
+                "loss must be measured for the plateau rule, but got None; "
+                "give it to `lattice.report(loss)`."
+            )
+        if report.loss < self._best * (1 - self._options.min_improvement_frac):
+            self._best, self._stale = report.loss, 0
+        else:
+            self._stale += 1
+        return self._stale >= self._options.patience_intervals
+
+    def _busy(self, report: Report) -> bool:
+        """A wave recovers before the next: only fine-tuning and finished seeds may be awake."""
+        return any(site.seeds_in(*PIPELINE_STAGES) for site in report.sites)
+
+    def _in_time(self, report: Report) -> bool:
+        last = self._options.last_interval
+        return last is None or report.interval <= last
+
+    def _wave(self, report: Report) -> list[Action]:
+        o = self._options
+        fitting = [s for s in report.sites if o.blueprint in s.seed_parameters]
+        affordable = [s for s in fitting if resources(report, s, o.blueprint).passed]
+        ranked = sorted(
+            ((-_score(site, seed), site.name, seed) for site in affordable
+             for seed in _candidates(site)),
+        )  # fmt: skip
+        return [
+            Germinate(name, seed, o.blueprint, o.graft, f"plateau; gradient energy {-score:.3g}")
+            for score, name, seed in ranked[: o.seeds_per_wave]
+        ]
+
+
+def _candidates(site: SiteReport) -> list[int]:
+    """Free span seeds are interchangeable and taken from the lowest, so that they stay compact."""
+    return site.seeds_in(Stage.DORMANT)
+
+
+def _score(site: SiteReport, seed: int) -> float:
+    score = float(site.grad_energy[seed])
+    if score != score:
+        raise MissingMeasurementError(
+            f"grad_energy must be measured for seed {seed} of '{site.name}', but is not; run "
+            "training steps with a gradient through the site before the report."
+        )
+    return score
+
+
+@CONTROLLERS.register("tamiyo")
+class TamiyoOptions(ControllerOptions):
+    """When a plateau is a plateau, and what a wave is."""
+
+    patience_intervals: PositiveInt = Field(2, description="Intervals without improvement.")
+    min_improvement_frac: float = Field(
+        0.02, ge=0, lt=1, description="Relative fall of the loss that counts as improvement."
+    )
+    seeds_per_wave: PositiveInt = 2
+    last_interval: PositiveInt | None = Field(
+        None, description="No germination after this interval; None: until the end."
+    )
+    blueprint: str = "mlp_gelu"
+    graft: str = "linear"
+
+    def build(self, seed: int, events: tuple[GrowthEvent, ...] = ()) -> Controller:
+        """A heuristic controller."""
+        return HeuristicController(self)

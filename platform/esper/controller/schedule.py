@@ -1,0 +1,52 @@
+"""Fixed-schedule growth: the control that shows whether choosing when to grow is worth anything."""
+
+from pydantic import Field, PositiveInt
+
+from esper.controller.base import (
+    CONTROLLERS,
+    Controller,
+    ControllerOptions,
+    GrowthEvent,
+    shepherd,
+)
+from esper.seeds.actions import Action, Germinate
+from esper.seeds.report import Report
+from esper.seeds.state import Stage
+
+
+class ScheduleController:
+    """Germinates at given times, the lowest dormant seed of each site in turn."""
+
+    def __init__(self, options: "ScheduleOptions") -> None:
+        self._options = options
+        self._turn = 0
+
+    def decide(self, report: Report) -> list[Action]:
+        """Shepherds the awake seeds; at its times it also wakes the next ones."""
+        actions: list[Action] = shepherd(report)
+        if report.interval not in self._options.at_intervals:
+            return actions
+        free = {site.name: site.seeds_in(Stage.DORMANT) for site in report.sites}
+        for _ in range(self._options.count):
+            open_sites = [name for name, seeds in free.items() if seeds]
+            if not open_sites:
+                break
+            site = open_sites[self._turn % len(open_sites)]
+            self._turn += 1
+            o = self._options
+            actions.append(Germinate(site, free[site].pop(0), o.blueprint, o.graft, "on schedule"))
+        return actions
+
+
+@CONTROLLERS.register("schedule")
+class ScheduleOptions(ControllerOptions):
+    """When, how many and what."""
+
+    at_intervals: tuple[PositiveInt, ...] = Field(description="Intervals at whose end it grows.")
+    count: PositiveInt = Field(1, description="Seeds each time.")
+    blueprint: str = "mlp_gelu"
+    graft: str = "linear"
+
+    def build(self, seed: int, events: tuple[GrowthEvent, ...] = ()) -> Controller:
+        """A schedule controller."""
+        return ScheduleController(self)

@@ -1,0 +1,99 @@
+"""The safety shield: lets through what is legal, affordable and earned, and says why not."""
+
+from dataclasses import dataclass, replace
+
+from esper.controller.base import Controller
+from esper.seeds import gates
+from esper.seeds.actions import Action, Advance, Cull, Germinate, Rollback
+from esper.seeds.lifecycle import IllegalTransitionError, advance
+from esper.seeds.report import Report
+from esper.seeds.state import Stage
+
+
+@dataclass(frozen=True)
+class Veto:
+    """An action that was not let through.
+
+    Attributes:
+        interval: When.
+        action: What the controller wanted.
+        reason: Which limit it breaks, with the values.
+    """
+
+    interval: int
+    action: Action
+    reason: str
+
+
+class Shield:
+    """A controller that wraps another and enforces the gates and limits of the report.
+
+    Attributes:
+        vetoes: Everything that was not let through, so far.
+    """
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+        self._failures = 0
+        self.vetoes: list[Veto] = []
+
+    def decide(self, report: Report) -> list[Action]:
+        """The wrapped controller's actions, without those that break a limit."""
+        allowed: list[Action] = []
+        moved: set[tuple[str, int]] = set()
+        for action in self._controller.decide(report):
+            reason = (
+                "the seed was moved in this interval already"
+                if (action.site, action.seed) in moved
+                else self._objection(report, action)
+            )
+            if reason is not None:
+                self.vetoes.append(Veto(report.interval, action, reason))
+                continue
+            moved.add((action.site, action.seed))
+            allowed.append(action)
+            report = self._account(report, action)
+        return allowed
+
+    def _objection(self, report: Report, action: Action) -> str | None:
+        """Why the action must not be applied; None if it may."""
+        site = report.site(action.site)
+        if not 0 <= action.seed < len(site.stage):
+            return f"seed must be in 0..{len(site.stage) - 1}, but got {action.seed}"
+        try:
+            advance(site.state(action.seed), action)
+        except IllegalTransitionError as error:
+            return str(error)
+        if isinstance(action, Germinate):
+            return self._germination(report, action)
+        if isinstance(action, Advance):
+            gate = gates.next_gate(report, site, action.seed)
+            return None if gate.passed else f"{gate.name} is shut: {gate.reason}"
+        return None
+
+    def _germination(self, report: Report, action: Germinate) -> str | None:
+        site, growth = report.site(action.site), report.growth
+        if action.blueprint not in site.seed_parameters:
+            return f"blueprint '{action.blueprint}' does not fit a {site.geometry} site"
+        if self._failures >= growth.max_failures:
+            return f"{self._failures} seeds failed in a row, the limit is {growth.max_failures}"
+        drift = report.host_drift_frac
+        if drift is not None and drift > growth.max_drift_frac:
+            return f"the host drifts by {drift:.3f} an interval, limit {growth.max_drift_frac}"
+        gate = gates.resources(report, site, action.blueprint)
+        return None if gate.passed else f"G0 is shut: {gate.reason}"
+
+    def _account(self, report: Report, action: Action) -> Report:
+        """Count failures, and what a germination takes from the budget of the next."""
+        if isinstance(action, Cull | Rollback):
+            self._failures += 1
+        site = report.site(action.site)
+        if isinstance(action, Advance) and site.stage[action.seed] == Stage.EVALUATING:
+            self._failures = 0
+        if not isinstance(action, Germinate):
+            return report
+        stage = site.stage.copy()
+        stage[action.seed] = Stage.GERMINATED
+        sites = tuple(replace(s, stage=stage) if s is site else s for s in report.sites)
+        cost = site.seed_parameters[action.blueprint]
+        return replace(report, sites=sites, parameters=report.parameters + cost)

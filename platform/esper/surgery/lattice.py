@@ -1,0 +1,447 @@
+"""The lattice: one handle on all seeds of a model, and `attach`, which makes it."""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from esper.config.run import GrowthConfig
+from esper.seeds.actions import Action, Germinate
+from esper.seeds.blueprints import BLUEPRINTS, Geometry
+from esper.seeds.grafting import GraftSignals
+from esper.seeds.kasmina import KasminaLayer
+from esper.seeds.lifecycle import Transition, advance
+from esper.seeds.report import Report, SiteReport
+from esper.seeds.state import AWAKE_STAGES, SeedState, Stage
+from esper.surgery.sites import Site, find_sites, input_features, output_channels
+
+H = TypeVar("H", bound=nn.Module)
+# held-out losses: one number a sample (its standard error is then known), or their mean
+Evaluate = Callable[[], Tensor | float]
+_HANDLE = "_esper_lattice"
+# weights of each host tensor that the drift is measured on
+DRIFT_SAMPLES = 4096
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One site with its layer."""
+
+    site: Site
+    layer: KasminaLayer
+
+
+class Lattice:
+    """All seeds of one model.
+
+    Made by `attach`. Once an interval, call `report` and give its result to a controller, then
+    `apply` the controller's actions.
+
+    Attributes:
+        model: The host, with the lattice's layers inside it.
+        growth: Times, thresholds and limits.
+        seed: Seed of every random draw of the lattice.
+        interval: Intervals finished.
+        log: Every transition so far.
+    """
+
+    def __init__(self, model: nn.Module, seed: int = 0) -> None:
+        self.model = model
+        self.growth = GrowthConfig()
+        self.seed = seed
+        self.interval = 0
+        self.log: list[Transition] = []
+        self.attached: dict[str, Attached] = {}
+        self._losses: list[float | None] = [None, None]
+        self._grad_norms: list[float] = []
+        self._last: Report | None = None
+        self._drift_base: list[Tensor] | None = None
+
+    def layer(self, site: str) -> KasminaLayer:
+        """The layer of a site.
+
+        Raises:
+            ValueError: If the lattice has no such site.
+        """
+        if site not in self.attached:
+            raise ValueError(f"site must be one of {', '.join(self.attached)}, but got '{site}'.")
+        return self.attached[site].layer
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The pools of all sites; give them to your own optimizer, once, for the whole run."""
+        for attached in self.attached.values():
+            yield from attached.layer.pool()
+
+    def host_parameters(self) -> Iterator[nn.Parameter]:
+        """The host's own parameters, without the lattice's."""
+        ours = {id(p) for p in self.parameters()}
+        return (p for p in self.model.parameters() if id(p) not in ours)
+
+    def count_parameters(self) -> int:
+        """Parameters of the host and of every awake seed, by its blueprint."""
+        return sum(p.numel() for p in self.host_parameters()) + sum(
+            layer.seed_parameters(BLUEPRINTS[tuple(BLUEPRINTS)[state.blueprint_id]])
+            for layer in self._layers()
+            for state in layer.states()
+            if state.stage in AWAKE_STAGES
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that moved the lattice."""
+        return max((layer.steps for layer in self._layers()), default=0)
+
+    def report(self, loss: float | None = None, evaluate: Evaluate | None = None) -> Report:
+        """What happened since the last report; one device read a site, and a new interval.
+
+        Args:
+            loss: Mean training loss of the interval.
+            evaluate: Returns the held-out loss of the model as it is now, as one value a
+                sample, `[N]`, or as their mean. Called in eval mode without gradient: once, and
+                once more for each seed in EVALUATING, with that seed switched off.
+
+        Returns:
+            The report; values that could not be measured are None or NaN.
+
+        Raises:
+            ValueError: If seeds should have learned but no optimizer holds their parameters.
+        """
+        self._require_moving()
+        self.interval += 1
+        for layer in self._layers():
+            layer.write_states(_aged(layer.states()))
+        held_out = self._evaluate(evaluate)
+        sites = tuple(
+            self._site_report(name, a.layer, evaluate, held_out)
+            for name, a in self.attached.items()
+        )
+        grad_norm = self._grad_norm()
+        if grad_norm is not None:
+            self._grad_norms = [*self._grad_norms[-30:], grad_norm]
+        self._losses = [self._losses[-1], loss]
+        host = sum(p.numel() for p in self.host_parameters())
+        self._last = Report(
+            interval=self.interval,
+            step=self.steps,
+            loss=loss,
+            held_out_loss=None if held_out is None else float(held_out.mean()),
+            grad_norm=grad_norm,
+            host_drift_frac=self._drift(),
+            host_parameters=host,
+            parameters=self.count_parameters(),
+            growth=self.growth,
+            sites=sites,
+        )
+        for layer in self._layers():
+            layer.reset_telemetry()
+        return self._last
+
+    def apply(self, actions: Sequence[Action] = ()) -> list[Transition]:
+        """Apply the actions in order; all are checked before anything changes.
+
+        Args:
+            actions: From a controller.
+
+        Returns:
+            The transitions, which are also appended to `log`.
+
+        Raises:
+            IllegalTransitionError: If a seed's stage does not allow its action.
+            ValueError: If a site or seed does not exist or a blueprint does not fit.
+        """
+        states = {name: a.layer.states() for name, a in self.attached.items()}
+        transitions = []
+        for action in actions:
+            layer = self.layer(action.site)
+            if not 0 <= action.seed < layer.num_seeds:
+                raise ValueError(
+                    f"seed of site '{action.site}' must be in 0..{layer.num_seeds - 1}, "
+                    f"but got {action.seed}."
+                )
+            before = states[action.site][action.seed]
+            after = advance(before, action)
+            if isinstance(action, Germinate):
+                BLUEPRINTS[action.blueprint].require(layer.geometry, layer.hidden)
+            states[action.site][action.seed] = after
+            transitions.append(Transition(self.interval, self.steps, action, before, after))
+        for name, rows in states.items():
+            self.layer(name).write_states(rows)
+        for t in transitions:
+            self._enter(t)
+        self._set_paces()
+        self.log += transitions
+        return transitions
+
+    def plant(self, site: str, seed: int, blueprint: str) -> None:
+        """Put a finished seed in place before training, with ordinary random weights.
+
+        For topologies that are trained from scratch, such as the static-final arm of an
+        experiment; a growing network germinates its seeds instead.
+
+        Raises:
+            ValueError: If the slot is not dormant or the blueprint does not fit.
+        """
+        layer = self.layer(site)
+        states = layer.states()
+        if states[seed].stage is not Stage.DORMANT:
+            raise ValueError(
+                f"seed {seed} of '{site}' must be DORMANT to be planted, "
+                f"but is {states[seed].stage.name}."
+            )
+        BLUEPRINTS[blueprint].require(layer.geometry, layer.hidden)
+        names = tuple(BLUEPRINTS)
+        states[seed] = SeedState(Stage.FINE_TUNING, names.index(blueprint))
+        layer.write_states(states)
+        layer.initialise(seed, self._generator(site, seed), outgoing=True)
+        with torch.no_grad():
+            layer.alpha[seed] = layer.progress[seed] = 1
+
+    def fold(self) -> nn.Module:
+        """Turn every grafted seed into plain modules and remove the lattice; see `fold_model`."""
+        from esper.surgery.fold import fold_model
+
+        return fold_model(self)
+
+    def detach(self) -> nn.Module:
+        """Remove the lattice and all its seeds; the host is as it would be without them."""
+        for attached in self.attached.values():
+            _unhook(self.model, attached)
+        self.attached.clear()
+        if _HANDLE in self.model.__dict__:
+            delattr(self.model, _HANDLE)
+        return self.model
+
+    def _layers(self) -> list[KasminaLayer]:
+        return [a.layer for a in self.attached.values()]
+
+    def _enter(self, transition: Transition) -> None:
+        action, after = transition.action, transition.after
+        layer = self.layer(action.site)
+        layer.on_enter(action.seed, after, self._losses[-1])
+        if after.stage is Stage.GERMINATED:
+            layer.initialise(action.seed, self._generator(action.site, action.seed))
+
+    def _generator(self, site: str, seed: int) -> torch.Generator:
+        # a function of where and when, so that a resumed run draws the same weights
+        key = f"{self.seed}|{site}|{seed}|{self.interval}".encode()
+        return torch.Generator().manual_seed(zlib.crc32(key))
+
+    def _set_paces(self) -> None:
+        if self._last is None:
+            return
+        signals = GraftSignals(
+            loss=self._losses[1],
+            previous_loss=self._losses[0],
+            host_drift_frac=self._last.host_drift_frac,
+            grad_norm=self._last.grad_norm,
+            median_grad_norm=median(self._grad_norms) if self._grad_norms else None,
+        )
+        for layer in self._layers():
+            layer.set_paces(signals, self.growth)
+
+    def _require_moving(self) -> None:
+        for name, attached in self.attached.items():
+            if attached.layer.starved:
+                raise ValueError(
+                    f"seeds of '{name}' must be moved by an optimizer, but none holds their "
+                    "parameters; add `lattice.parameters()` to your optimizer."
+                )
+
+    def _site_report(
+        self, name: str, layer: KasminaLayer, evaluate: Evaluate | None, held_out: Tensor | None
+    ) -> SiteReport:
+        columns = {k: v.numpy() for k, v in layer.telemetry().items()}
+        ints = {
+            k: columns.pop(k).astype("int32")
+            for k in ("stage", "blueprint_id", "epochs", "graft_id")
+        }
+        gain = torch.full((2, layer.num_seeds), math.nan)
+        if evaluate is not None and held_out is not None:
+            for seed in (ints["stage"] == Stage.EVALUATING).nonzero()[0]:
+                gain[:, seed] = self._gain(layer, int(seed), evaluate, held_out)
+        fitting = {
+            n: layer.seed_parameters(BLUEPRINTS[n])
+            for n in BLUEPRINTS
+            if layer.geometry in BLUEPRINTS[n].geometries
+        }
+        return SiteReport(
+            name=name, geometry=layer.geometry, **ints, **columns,
+            gain=gain[0].numpy(), gain_se=gain[1].numpy(), seed_parameters=fitting,
+        )  # fmt: skip
+
+    def _gain(self, layer: KasminaLayer, seed: int, evaluate: Evaluate, held_out: Tensor) -> Tensor:
+        """Held-out loss without the seed minus with it, and its standard error, `[2]`."""
+        alpha = layer.alpha[seed].clone()
+        layer.alpha[seed] = 0
+        try:
+            without = self._evaluate(evaluate)
+        finally:
+            layer.alpha[seed] = alpha
+        assert without is not None
+        saved = without - held_out
+        spread = saved.std() / math.sqrt(len(saved)) if len(saved) > 1 else math.nan
+        return torch.tensor([float(saved.mean()), float(spread)])
+
+    def _evaluate(self, evaluate: Evaluate | None) -> Tensor | None:
+        if evaluate is None:
+            return None
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                losses = torch.as_tensor(evaluate(), dtype=torch.float64)
+        finally:
+            self.model.train(was_training)
+        return losses.detach().cpu().reshape(-1)
+
+    def _grad_norm(self) -> float | None:
+        grads = [p.grad for p in self.host_parameters() if p.grad is not None]
+        if not grads:
+            return None
+        return float(torch.stack([g.norm() for g in torch._foreach_norm(grads)]).norm())
+
+    def _drift(self) -> float | None:
+        """Relative change since the last report, on evenly spaced weights of each tensor."""
+        now = [
+            p.detach().reshape(-1)[:: max(1, p.numel() // DRIFT_SAMPLES)].clone()
+            for p in self.host_parameters()
+        ]
+        before, self._drift_base = self._drift_base, now
+        if before is None:
+            return None
+        moved = sum(float((a - b).square().sum()) for a, b in zip(now, before, strict=True))
+        size = sum(float(b.square().sum()) for b in before)
+        return math.sqrt(moved / size) if size else None
+
+
+def attach(
+    model: nn.Module,
+    sites: str,
+    seeds_per_layer: int,
+    *,
+    geometry: Geometry = "chunk",
+    hidden: int | None = None,
+    channels: int | None = None,
+    channel_axis: int | None = None,
+    growth: GrowthConfig | None = None,
+    seed: int | None = None,
+) -> Lattice:
+    """Give every matching site of a model a lattice of dormant seeds, in place.
+
+    The model's output stays the same bit for bit until a seed is grafted, and its own
+    `state_dict` keys stay as they are. Several calls on one model share one handle.
+
+    Args:
+        model: Any PyTorch model; its code is not touched.
+        sites: Module path or glob, or a span `a->b` inside one parent.
+        seeds_per_layer: Seeds at each site; for chunk sites a divisor of the channels.
+        geometry: 'chunk', or 'span' for units across a module or span.
+        hidden: Hidden units of a chunk seed; None: the chunk's width, at least 2.
+        channels: Channels of the site's output, where its type does not tell.
+        channel_axis: Axis of the channels; None: known from the type, else the last.
+        growth: Times, thresholds and limits; None leaves them as they are.
+        seed: Seed of the lattice's random draws; None leaves it as it is (0 at first).
+
+    Returns:
+        The handle.
+
+    Raises:
+        ValueError: If nothing matches, a site has a lattice already, or sizes do not fit;
+            the model is then unchanged.
+    """
+    lattice = lattice_of(model) or Lattice(model)
+    found = find_sites(model, sites, geometry)
+    layers = [
+        _make_layer(model, site, lattice, seeds_per_layer, geometry, hidden, channels, channel_axis)
+        for site in found
+    ]
+    # everything fits: only now is the model touched
+    for site, layer in zip(found, layers, strict=True):
+        _hook(model, site, layer)
+        lattice.attached[site.name] = Attached(site, layer)
+    lattice.growth = growth or lattice.growth
+    lattice.seed = lattice.seed if seed is None else seed
+    for layer in lattice._layers():
+        layer.ramp_steps = lattice.growth.ramp_steps
+        layer.objective = lattice.growth.objective
+    model.__dict__[_HANDLE] = lattice
+    return lattice
+
+
+def lattice_of(model: nn.Module) -> Lattice | None:
+    """The lattice of a model, also of a deep copy; None if it has none."""
+    handle = model.__dict__.get(_HANDLE)
+    return handle if isinstance(handle, Lattice) else None
+
+
+def _aged(states: list[SeedState]) -> list[SeedState]:
+    return [
+        s if s.stage is Stage.DORMANT else dataclasses.replace(s, epochs=s.epochs + 1)
+        for s in states
+    ]
+
+
+def _make_layer(
+    model: nn.Module, site: Site, lattice: Lattice, num_seeds: int, geometry: Geometry,
+    hidden: int | None, channels: int | None, channel_axis: int | None,
+) -> KasminaLayer:  # fmt: skip
+    if site.name in lattice.attached:
+        raise ValueError(
+            f"sites must have no lattice yet, but '{site.name}' has one; attach once a site."
+        )
+    last = model.get_submodule(site.last)
+    known = output_channels(last)
+    if channels is None and known is None:
+        raise ValueError(
+            f"channels must be given for '{site.last}', since a {type(last).__name__} does not "
+            "tell its width; pass `channels` (and `channel_axis` if it is not the last)."
+        )
+    width, axis = known or (0, -1)
+    inputs = input_features(model.get_submodule(site.first)) if geometry == "span" else None
+    if geometry == "span" and inputs is None:
+        kind = type(model.get_submodule(site.first)).__name__
+        raise ValueError(
+            f"sites must be spans that begin at a Linear, Conv or norm module, "
+            f"but '{site.first}' is a {kind}; begin the span one module later or earlier."
+        )
+    tensor = next(last.parameters(), next(model.parameters(), torch.zeros(())))
+    layer = KasminaLayer(
+        channels or width, num_seeds, geometry=geometry, hidden=hidden, in_features=inputs,
+        channel_axis=axis if channel_axis is None else channel_axis,
+        dtype=tensor.dtype, device=tensor.device,
+    )  # fmt: skip
+    return layer.train(last.training)
+
+
+def _owner(module: nn.Module) -> nn.Module:
+    """Where the layer is registered: a container would run it, or index it, as its own child."""
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return next(m for m in module.modules() if not isinstance(m, containers))
+
+
+def _hook(model: nn.Module, site: Site, layer: KasminaLayer) -> None:
+    last, first = model.get_submodule(site.last), model.get_submodule(site.first)
+    owner = _owner(last)
+    taken = sum(name.startswith("kasmina") for name, _ in owner.named_children())
+    owner.add_module(f"kasmina_{taken}" if taken else "kasmina", layer)
+    if layer.geometry == "span":
+        first.register_forward_pre_hook(layer.capture_source)
+    last.register_forward_hook(layer.graft_output)
+
+
+def _unhook(model: nn.Module, attached: Attached) -> None:
+    layer, site = attached.layer, attached.site
+    for path in {site.first, site.last}:
+        module = model.get_submodule(path)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, h in hooks.items() if getattr(h, "__self__", None) is layer]:
+                del hooks[key]
+    owner = _owner(model.get_submodule(site.last))
+    for name in [n for n, m in owner.named_children() if m is layer]:
+        delattr(owner, name)

@@ -1,0 +1,1 @@
+"""Training: tasks, hosts, and the trainer whose interval returns a report."""
