@@ -1,0 +1,269 @@
+"""Checks before any verdict: trials that fail one of them decide nothing.
+
+Every check returns the reasons why the data cannot be judged, as sentences; none means healthy.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from scipy import stats
+
+from esper.config.sweep import Comparison
+from esper.evidence.records import Registration, TrialRecord, canonical_hash, is_collapsed
+
+ALPHA_HEALTH = 0.001
+LARGEST_VALUE = 1e100
+COLLAPSE = "collapse"
+_NUM_NAMED = 8
+
+
+def _named(names: Iterable[str]) -> str:
+    """The first names and how many more there are."""
+    every = sorted(names)
+    more = f" and {len(every) - _NUM_NAMED} more" if len(every) > _NUM_NAMED else ""
+    return ", ".join(every[:_NUM_NAMED]) + more
+
+
+def sides_of(comparison: Comparison) -> tuple[str, str]:
+    """The arms of a comparison, treatment first."""
+    return comparison.treatment, comparison.control
+
+
+def runs_of(records: Sequence[TrialRecord], arm: str) -> list[TrialRecord]:
+    """The records of one arm in the order of their pairs."""
+    return sorted((r for r in records if r.arm == arm), key=lambda r: r.pair)
+
+
+def missing_runs(
+    records: Sequence[TrialRecord], registration: Registration, comparison: Comparison
+) -> list[str]:
+    """Registered runs of the two arms that left no record, as '<arm>-<pair:03d>'."""
+    present = {(r.arm, r.pair) for r in records}
+    return [
+        f"{arm}-{pair:03d}"
+        for arm in sides_of(comparison)
+        for pair in range(registration.pairs)
+        if (arm, pair) not in present
+    ]
+
+
+def check_comparison(registration: Registration, comparison: Comparison) -> list[str]:
+    """The comparison was registered beforehand and has two different arms."""
+    treatment, control = sides_of(comparison)
+    reasons = []
+    if treatment == control:
+        reasons.append(f"treatment and control must be two arms, but both are '{treatment}'.")
+    if (treatment, control) not in [sides_of(c) for c in registration.question.comparisons]:
+        reasons.append(f"'{treatment}' against '{control}' is not a registered comparison.")
+    return reasons
+
+
+def check_registration(records: Sequence[TrialRecord], registration: Registration) -> list[str]:
+    """The registration is unaltered, is older than every trial, and every record carries it."""
+    reasons = []
+    expected = canonical_hash(registration, "sweep", "config_hash", "question", "pairs", "arms")
+    if registration.registration_hash != expected:
+        reasons.append("The registration was altered: its hash does not match its content.")
+    foreign = [r.trial_id for r in records if r.registration_hash != registration.registration_hash]
+    if foreign:
+        reasons.append(
+            f"{len(foreign)} records carry the hash of another registration: {_named(foreign)}."
+        )
+    moment = registration.registered_at
+    if any((r.started_at.tzinfo is None) != (moment.tzinfo is None) for r in records):
+        reasons.append("Times with and without a time zone cannot be compared.")
+        return reasons
+    early = [r.trial_id for r in records if r.started_at <= moment]
+    if early:
+        reasons.append(
+            f"{len(early)} trials started before the question was registered: {_named(early)}."
+        )
+    return reasons
+
+
+def check_pairing(
+    records: Sequence[TrialRecord], registration: Registration, comparison: Comparison
+) -> list[str]:
+    """Every registered pair has exactly one run of both arms, and no run is a stranger."""
+    reasons = []
+    missing = missing_runs(records, registration, comparison)
+    if missing:
+        expected = 2 * registration.pairs
+        reasons.append(f"{len(missing)} of {expected} runs left no record: {_named(missing)}.")
+    counts = Counter((r.arm, r.pair) for r in records)
+    twice = [f"{arm}-{pair:03d}" for (arm, pair), count in counts.items() if count > 1]
+    if twice:
+        reasons.append(f"{len(twice)} runs have more than one record: {_named(twice)}.")
+    strange = [
+        r.trial_id
+        for r in records
+        if r.arm not in registration.arms or not 0 <= r.pair < registration.pairs
+    ]
+    if strange:
+        reasons.append(f"{len(strange)} records are of no registered run: {_named(strange)}.")
+    if registration.pairs < 2:
+        reasons.append(f"A verdict needs at least 2 pairs, but {registration.pairs} registered.")
+    return reasons
+
+
+def check_fingerprint(records: Sequence[TrialRecord], registration: Registration) -> list[str]:
+    """All trials ran the registered code, the same versions, on the same kind of device."""
+    reasons = []
+    codes = {r.fingerprint.code_hash for r in records}
+    if len(codes) > 1:
+        reasons.append(f"The trials ran {len(codes)} different states of the code.")
+    elif codes - {registration.fingerprint.code_hash}:
+        reasons.append("The code was changed between the registration and the trials.")
+    devices = {r.fingerprint.device for r in records}
+    if len(devices) > 1:
+        reasons.append(f"The trials ran on different devices: {_named(devices)}.")
+    versions = [r.fingerprint.versions for r in records]
+    differing = {
+        name
+        for name in set().union(*versions)
+        if len({version.get(name) for version in versions}) > 1
+    }
+    if differing:
+        reasons.append(f"The trials ran different versions of: {_named(differing)}.")
+    return reasons
+
+
+def check_seeds(
+    records: Sequence[TrialRecord],
+    comparison: Comparison,
+    salted_arms: frozenset[str] = frozenset(),
+) -> list[str]:
+    """Both runs of a pair have one seed, and no two pairs of an arm share it.
+
+    Args:
+        records: Of the whole sweep.
+        comparison: The two arms.
+        salted_arms: Arms that add a salt to the seed; their pairs may differ from the other arm's.
+    """
+    reasons = []
+    seeds = {arm: {r.pair: r.seed for r in runs_of(records, arm)} for arm in sides_of(comparison)}
+    for arm, by_pair in seeds.items():
+        if len(set(by_pair.values())) < len(by_pair):
+            reasons.append(f"Pairs of '{arm}' share a random seed: they are not independent.")
+    treatment, control = (seeds[arm] for arm in sides_of(comparison))
+    if salted_arms.isdisjoint(sides_of(comparison)):
+        unequal = [
+            f"{pair:03d}"
+            for pair in treatment.keys() & control.keys()
+            if treatment[pair] != control[pair]
+        ]
+        if unequal:
+            reasons.append(
+                f"{len(unequal)} pairs have different seeds in their arms: {_named(unequal)}."
+            )
+    return reasons
+
+
+def check_order(
+    records: Sequence[TrialRecord],
+    comparison: Comparison,
+    dependent_arms: frozenset[str] = frozenset(),
+) -> list[str]:
+    """The treatment ran before the control in about half of the pairs (exact binomial test).
+
+    Args:
+        records: Of the whole sweep.
+        comparison: The two arms.
+        dependent_arms: Arms that follow another one and so cannot come in random order; a
+            comparison with one of them is exempt.
+    """
+    if not dependent_arms.isdisjoint(sides_of(comparison)):
+        return []
+    treatment, control = (
+        {r.pair: r.order for r in runs_of(records, arm)} for arm in sides_of(comparison)
+    )
+    both = sorted(treatment.keys() & control.keys())
+    same = [f"{pair:03d}" for pair in both if treatment[pair] == control[pair]]
+    if same:
+        return [f"{len(same)} pairs give both arms the same place in the order: {_named(same)}."]
+    first = sum(treatment[pair] < control[pair] for pair in both)
+    if both and stats.binomtest(first, len(both)).pvalue < ALPHA_HEALTH:
+        return [
+            f"The order was not random: '{comparison.treatment}' ran before "
+            f"'{comparison.control}' in {first} of {len(both)} pairs."
+        ]
+    return []
+
+
+def check_split(runs_by_arm: dict[str, int]) -> list[str]:
+    """As many runs of one arm as of another, up to chance (chi-square p >= 0.001)."""
+    counts = np.array(list(runs_by_arm.values()), dtype=np.float64)
+    if counts.size < 2 or counts.sum() == 0:
+        return []
+    if stats.chisquare(counts).pvalue < ALPHA_HEALTH:
+        shown = ", ".join(f"{arm} {count}" for arm, count in runs_by_arm.items())
+        return [f"The split over the arms is not fair: {shown} runs."]
+    return []
+
+
+def check_metric(records: Sequence[TrialRecord], comparison: Comparison, metric: str) -> list[str]:
+    """Every record has the metric, finite if the run finished, and some run did finish.
+
+    Values beyond 1e100 count as not finite: their squares would overflow.
+    """
+    absent = [r for r in records if metric not in r.metrics]
+    if absent:
+        known = sorted({name for r in records for name in r.metrics})
+        names = _named(r.trial_id for r in absent)
+        return [
+            f"The metric '{metric}' is absent from {len(absent)} records ({names}); "
+            f"metrics that exist: {', '.join(known) or 'none'}."
+        ]
+    wrong = [
+        r.trial_id
+        for r in records
+        if r.status == "finished" and not abs(r.metrics[metric]) <= LARGEST_VALUE
+    ]
+    if wrong:
+        return [
+            f"{len(wrong)} finished runs have no finite '{metric}' within 1e100: {_named(wrong)}."
+        ]
+    compared = [r for r in records if r.arm in sides_of(comparison)]
+    if compared and all(math.isnan(value_of(r, metric)) for r in compared):
+        return [f"Every run of both arms collapsed: no value of '{metric}' is left to compare."]
+    return []
+
+
+def value_of(record: TrialRecord, metric: str) -> float:
+    """A run's metric, NaN if the run collapsed: one that stopped early looks cheap otherwise."""
+    value = record.metrics.get(metric, math.nan)
+    return math.nan if record.status == "collapsed" or is_collapsed(value) else value
+
+
+def unhealthy_reasons(
+    records: Sequence[TrialRecord],
+    registration: Registration,
+    comparison: Comparison,
+    *,
+    dependent_arms: frozenset[str] = frozenset(),
+    salted_arms: frozenset[str] = frozenset(),
+) -> list[str]:
+    """All reasons why `comparison` cannot be judged from `records`; empty means healthy.
+
+    Args:
+        records: All trials of the sweep, also those of other arms.
+        registration: Written before the first trial.
+        comparison: The two arms.
+        dependent_arms: Arms that follow another arm, exempt from the balance of the order.
+        salted_arms: Arms that add a salt to the pair's seed.
+    """
+    question = registration.question
+    metrics = [question.metric, *(g.metric for g in question.guardrails if g.metric != COLLAPSE)]
+    runs_by_arm = {arm: len(runs_of(records, arm)) for arm in registration.arms}
+    return [
+        *check_comparison(registration, comparison),
+        *check_registration(records, registration),
+        *check_pairing(records, registration, comparison),
+        *check_split(runs_by_arm),
+        *check_fingerprint(records, registration),
+        *check_seeds(records, comparison, salted_arms),
+        *check_order(records, comparison, dependent_arms),
+        *(reason for metric in metrics for reason in check_metric(records, comparison, metric)),
+    ]

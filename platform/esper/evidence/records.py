@@ -1,0 +1,129 @@
+"""Evidence: what every finished trial leaves on disk, from which any verdict is computed again."""
+
+import json
+import math
+import os
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from esper.config.sweep import Question
+
+
+class Record(BaseModel):
+    """A frozen record; NaN and infinity survive the JSON round trip as strings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class TransitionRecord(Record):
+    """One line of the growth log."""
+
+    interval: int
+    step: int
+    site: str
+    seed: int
+    action: str = Field(description="Name of the action, e.g. 'Germinate'.")
+    before: str = Field(description="Stage name, e.g. 'DORMANT'.")
+    after: str
+    blueprint: str
+    reason: str
+
+
+class Fingerprint(Record):
+    """What the trial ran on; equal fingerprints may be compared."""
+
+    code_hash: str = Field(description="sha256 over the sources of the four packages.")
+    commit: str | None = Field(description="Commit of the checkout; None outside a checkout.")
+    versions: dict[str, str]
+    device: str = Field(description="Name of the CPU or GPU model.")
+
+
+class TrialRecord(Record):
+    """One arm of one pair, finished or collapsed; never dropped."""
+
+    trial_id: str = Field(description="'<arm>-<pair:03d>'")
+    arm: str
+    pair: int
+    seed: int = Field(description="Random seed of everything in this trial.")
+    order: int = Field(description="Place of this arm in the random order of its pair.")
+    registration_hash: str
+    fingerprint: Fingerprint
+    started_at: datetime
+    ended_at: datetime
+    status: Literal["finished", "collapsed"]
+    collapse_reason: str | None = None
+    metrics: dict[str, float] = Field(
+        description="Final values; among them 'parameters', 'steps', 'train_flops', "
+        "'train_seconds' and the task's own, e.g. 'test_accuracy'. "
+        "A collapsed trial has NaN for the task's own metrics."
+    )
+    curves: dict[str, list[float]] = Field(
+        description="One list a metric, all as long as 'step': one value an interval."
+    )
+    transitions: list[TransitionRecord]
+    sites: dict[str, int] = Field(description="Number of seeds of each lattice site.")
+
+
+class Registration(Record):
+    """The question, written down and hashed before the first trial runs."""
+
+    sweep: str
+    config_hash: str
+    question: Question
+    pairs: int
+    arms: list[str]
+    fingerprint: Fingerprint
+    registered_at: datetime
+    registration_hash: str = Field(
+        description="sha256 of sweep, config_hash, question, pairs and arms."
+    )
+
+
+def write_json(path: Path, record: BaseModel) -> None:
+    """Write atomically: readers see the old file or the whole new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(record.model_dump_json(indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_records(folder: Path) -> list[TrialRecord]:
+    """All trial records of a sweep folder's `trials/`, sorted by arm and pair.
+
+    Raises:
+        ValueError: If a file is damaged; it is named, and nothing is skipped.
+    """
+    records = []
+    for path in sorted((folder / "trials").glob("*.json")):
+        try:
+            records.append(TrialRecord.model_validate_json(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} must be a trial record, but is damaged: {error}; "
+                "delete the file to run that trial again."
+            ) from error
+    return sorted(records, key=lambda r: (r.arm, r.pair))
+
+
+def is_collapsed(value: float) -> bool:
+    """NaN and infinities mark a run that collapsed."""
+    return not math.isfinite(value)
+
+
+def canonical_hash(record: BaseModel, *fields: str) -> str:
+    """sha256 of the given fields as canonical JSON."""
+    import hashlib
+
+    content = record.model_dump(mode="json", include=set(fields))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
