@@ -1,0 +1,129 @@
+"""The plan of a sweep: which trials, in which order, under which registered question.
+
+Pure but for two files: `registration.json`, written once before the first trial, and the trial
+records, which say what is left to do.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from esper.config.run import RunConfig
+from esper.config.sweep import SweepConfig
+from esper.environment import fingerprint
+from esper.evidence.records import (
+    Fingerprint,
+    Registration,
+    TrialRecord,
+    canonical_hash,
+    write_json,
+)
+from esper.trial import TrialSpec
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One trial of the plan.
+
+    Attributes:
+        spec: Which trial.
+        config: Its arm's configuration.
+        waits_for: Id of the trial whose record it needs first; None if it needs none.
+    """
+
+    spec: TrialSpec
+    config: RunConfig
+    waits_for: str | None
+
+
+def sweep_folder(sweep: SweepConfig, device: str) -> Path:
+    """Where a sweep's evidence lies; another configuration or other code has another folder."""
+    code = fingerprint(device)["code_hash"]
+    return sweep.output_dir / f"{sweep.name}-{sweep.config_hash[:8]}-{code[:8]}"
+
+
+def device_of(sweep: SweepConfig) -> str:
+    """The device that all arms run on.
+
+    Raises:
+        ValueError: If the arms name different devices.
+    """
+    devices = {sweep.run_config(arm).device for arm in sweep.arms}
+    if len(devices) > 1:
+        raise ValueError(
+            f"device must be the same for all arms, but got {', '.join(sorted(devices))}; "
+            "set it once, under `run`."
+        )
+    return devices.pop()
+
+
+def register(sweep: SweepConfig, folder: Path) -> Registration:
+    """Write the question down before the first trial, or read what was written.
+
+    Raises:
+        ValueError: If the folder holds a registration that is not this sweep's.
+    """
+    path = folder / "registration.json"
+    draft = Registration(
+        sweep=sweep.name,
+        config_hash=sweep.config_hash,
+        question=sweep.question,
+        pairs=sweep.pairs,
+        arms=list(sweep.arms),
+        fingerprint=Fingerprint(**fingerprint(device_of(sweep))),
+        registered_at=datetime.now(UTC),
+        registration_hash="",
+    )
+    digest = canonical_hash(draft, "sweep", "config_hash", "question", "pairs", "arms")
+    if path.exists():
+        stored = Registration.model_validate_json(path.read_text(encoding="utf-8"))
+        if stored.registration_hash != digest:
+            raise ValueError(
+                f"{path} must be the registration of this sweep, but its hash is "
+                f"{stored.registration_hash[:12]} and not {digest[:12]}; move the folder away."
+            )
+        return stored
+    registration = draft.model_copy(update={"registration_hash": digest})
+    write_json(path, registration)
+    return registration
+
+
+def plan_trials(sweep: SweepConfig, registration: Registration) -> list[Planned]:
+    """All trials, pair by pair; the arms of a pair in random order, followers last."""
+    configs = {arm: sweep.run_config(arm) for arm in sweep.arms}
+    trials = []
+    for pair in range(sweep.pairs):
+        # the order is a function of the registration, so that a resumed sweep has the same one
+        rng = np.random.default_rng([int(registration.registration_hash[:8], 16), pair])
+        shuffled = [str(arm) for arm in rng.permutation(list(configs))]
+        shuffled.sort(key=lambda arm: configs[arm].follow is not None)
+        for order, arm in enumerate(shuffled):
+            spec = TrialSpec(
+                arm=arm,
+                pair=pair,
+                seed=sweep.first_seed + pair,
+                order=order,
+                registration_hash=registration.registration_hash,
+                fingerprint=registration.fingerprint,
+            )
+            follow = configs[arm].follow
+            waits_for = None if follow is None else f"{follow}-{pair:03d}"
+            trials.append(Planned(spec, configs[arm], waits_for))
+    return trials
+
+
+def record_path(folder: Path, trial_id: str) -> Path:
+    """Where a trial's record lies."""
+    return folder / "trials" / f"{trial_id}.json"
+
+
+def read_record(folder: Path, trial_id: str) -> TrialRecord:
+    """The record of a finished trial.
+
+    Raises:
+        OSError: If it is not there.
+        ValueError: If it is damaged.
+    """
+    return TrialRecord.model_validate_json(record_path(folder, trial_id).read_text("utf-8"))

@@ -1,0 +1,296 @@
+"""`esper ab`: register the question, run the paired arms, log everything, judge, draw."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from esper.config.base import ConfigError
+from esper.config.run import RunConfig
+from esper.config.sweep import SweepConfig
+from esper.environment import is_dirty
+from esper.evidence.records import Registration, TrialRecord, read_records, write_json
+from esper.evidence.verdict import ArmSummary, Verdict, judge_all, summarise
+from esper.tracking.mlflow_sink import MlflowSink
+from esper.tracking.pictures import (
+    arms_overview,
+    forest_plot,
+    growth_curves,
+    lattice_over_time,
+)
+from esper.trial import Trial
+from esper_experiments.plan import Planned, device_of, plan_trials, register, sweep_folder
+from esper_experiments.watcher import Watcher
+
+# set before Ray is imported: Tune's own files are not our evidence, and cost time
+TUNE_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+class SweepIncompleteError(RuntimeError):
+    """Trials are missing; the same command goes on where this one stopped."""
+
+    def __init__(self, missing: tuple[str, ...], errors: tuple[str, ...]) -> None:
+        # all arguments go to the base class so that the error survives pickling between actors
+        super().__init__(missing, errors)
+        self.missing, self.errors = missing, errors
+
+    def __str__(self) -> str:
+        failed = "".join(f"\n  {line}" for line in self.errors)
+        return (
+            f"{len(self.missing)} trials have no record yet; run the same command to continue."
+            f"{failed}"
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the sweep cost.
+
+    Attributes:
+        trials: Trials run now; those found finished are not counted.
+        wall_seconds: From before Ray started to the last trial's end.
+        start_seconds: Of these, until the first trial began.
+        overhead_seconds_per_trial: Wall time of all slots, after the start, that no trial used,
+            per trial; None if no trial ran now.
+    """
+
+    trials: int
+    wall_seconds: float
+    start_seconds: float
+    overhead_seconds_per_trial: float | None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A finished sweep.
+
+    Attributes:
+        folder: Where the evidence lies.
+        registration: The question as registered.
+        verdicts: The primary comparison first.
+        arms: One summary an arm.
+        pictures: Caption and file of each picture.
+        timing: What it cost.
+        mlflow_run_id: The parent run.
+    """
+
+    folder: Path
+    registration: Registration
+    verdicts: list[Verdict]
+    arms: dict[str, ArmSummary]
+    pictures: dict[str, Path]
+    timing: Timing
+    mlflow_run_id: str
+
+
+def check(sweep: SweepConfig) -> None:
+    """Build every arm once, without training, so that a wrong name fails before anything starts.
+
+    Raises:
+        ConfigError: With the arm and what is wrong.
+    """
+    from esper.environment import fingerprint
+    from esper.evidence.records import Fingerprint
+    from esper.trial import TrialSpec
+
+    mark = Fingerprint(**fingerprint(device_of(sweep)))
+    metrics: set[str] = set()
+    for arm in sweep.arms:
+        config: RunConfig = sweep.run_config(arm)
+        try:
+            trial = Trial(config, TrialSpec(arm, 0, sweep.first_seed, 0, "", mark))
+        except ConfigError as error:
+            raise ConfigError(f"arm '{arm}'", error.problems) from None
+        metrics = trial.metric_names()
+    wanted = {sweep.question.metric, *(g.metric for g in sweep.question.guardrails)} - {"collapse"}
+    if unknown := sorted(wanted - metrics):
+        raise ConfigError("question", (
+            f"question.metric must be one of {', '.join(sorted(metrics))}, "
+            f"but got '{unknown[0]}'.",
+        ))  # fmt: skip
+
+
+def run_sweep(
+    sweep: SweepConfig, watcher: Watcher | None = None, *, command: str = "esper ab CONFIG"
+) -> SweepResult:
+    """Run what is missing of a sweep and judge it.
+
+    Args:
+        sweep: The configuration.
+        watcher: Told what happens.
+        command: What to type to compute the verdict again from the stored records.
+
+    Raises:
+        ConfigError: If an arm cannot be built; nothing has started then.
+        ConnectionError: If MLflow cannot be reached; nothing has started then.
+        SweepIncompleteError: If trials failed or the run was interrupted.
+    """
+    watcher = watcher or Watcher()
+    check(sweep)
+    folder = sweep_folder(sweep, device_of(sweep))
+    registration = register(sweep, folder)
+    plan = plan_trials(sweep, registration)
+    sink = _open_sink(sweep, registration, folder)
+    before = read_records(folder)
+    watcher.planned([p.spec.trial_id for p in plan], len(before))
+    for record in before:
+        sink.submit_trial(record, _params(sweep, record.arm))
+
+    def finished(record: TrialRecord) -> None:
+        sink.submit_trial(record, _params(sweep, record.arm))
+        watcher.finished(record)
+
+    try:
+        timing = _run_missing(sweep, plan, before, folder, watcher.progress, finished)
+        return _conclude(sweep, registration, folder, sink, timing, command)
+    except BaseException:
+        sink.finish("FAILED")
+        raise
+
+
+def _run_missing(
+    sweep: SweepConfig,
+    plan: list[Planned],
+    before: list[TrialRecord],
+    folder: Path,
+    on_progress: Callable[[str, dict[str, float]], None],
+    on_finished: Callable[[TrialRecord], None],
+) -> Timing:
+    done = {r.trial_id for r in before}
+    if len(done) == len(plan):
+        return Timing(0, 0.0, 0.0, None)
+    os.environ.update({k: v for k, v in TUNE_ENVIRONMENT.items() if k not in os.environ})
+    import ray
+
+    from esper_experiments.on_ray import run_plan, start_ray
+
+    started = time.time()
+    start_ray(sweep.resources)
+    try:
+        slots = _slots(sweep)
+        errors = run_plan(plan, done, folder, sweep.resources, on_progress, on_finished)
+    finally:
+        ray.shutdown()
+    records = [r for r in read_records(folder) if r.trial_id not in done]
+    missing = {p.spec.trial_id for p in plan} - done - {r.trial_id for r in records}
+    if missing:
+        lines = tuple(f"{trial}: {why}" for trial, why in sorted(errors.items()))
+        raise SweepIncompleteError(tuple(sorted(missing)), lines)
+    return _timing(records, started, slots)
+
+
+def _slots(sweep: SweepConfig) -> int:
+    """Trials that run at once."""
+    import ray
+
+    have, need = ray.cluster_resources(), sweep.resources
+    by_cpu = have.get("CPU", 0) / need.cpus_per_trial
+    by_gpu = have.get("GPU", 0) / need.gpus_per_trial if need.gpus_per_trial else by_cpu
+    slots = int(min(by_cpu, by_gpu))
+    if slots < 1:
+        raise ConfigError("resources", (
+            f"resources must fit the cluster, which has {have.get('CPU', 0):g} CPUs and "
+            f"{have.get('GPU', 0):g} GPUs, but a trial asks for {need.cpus_per_trial:g} and "
+            f"{need.gpus_per_trial:g}; lower them.",
+        ))  # fmt: skip
+    return slots
+
+
+def _timing(records: list[TrialRecord], started: float, slots: int) -> Timing:
+    first = min(r.started_at.timestamp() for r in records)
+    last = max(r.ended_at.timestamp() for r in records)
+    busy = sum((r.ended_at - r.started_at).total_seconds() for r in records)
+    slots = min(slots, len(records))
+    idle = max(0.0, (last - first) * slots - busy)
+    return Timing(len(records), last - started, first - started, idle / len(records))
+
+
+def _open_sink(sweep: SweepConfig, registration: Registration, folder: Path) -> MlflowSink:
+    mark = registration.fingerprint
+    tags = {
+        "config_hash": sweep.config_hash,
+        "code_hash": mark.code_hash,
+        "commit": mark.commit or "none",
+        "dirty": str(is_dirty()),
+        "registration_hash": registration.registration_hash,
+        "device": mark.device,
+        "evidence": str(folder),
+    }
+    return MlflowSink.open(
+        sweep.mlflow.tracking_uri,
+        sweep.mlflow.experiment,
+        sweep.name,
+        folder.name,
+        sweep.model_dump(mode="json", exclude={"arms", "mlflow", "output_dir"}),
+        tags,
+    )
+
+
+def _params(sweep: SweepConfig, arm: str) -> dict[str, object]:
+    return sweep.run_config(arm).model_dump(mode="json")
+
+
+def _conclude(
+    sweep: SweepConfig,
+    registration: Registration,
+    folder: Path,
+    sink: MlflowSink,
+    timing: Timing,
+    command: str,
+) -> SweepResult:
+    records = read_records(folder)
+    verdicts, arms = judge_records(sweep, registration, records)
+    for verdict, comparison in zip(verdicts, sweep.question.comparisons, strict=True):
+        name = f"{comparison.treatment}-vs-{comparison.control}"
+        write_json(folder / "verdicts" / f"{name}.json", verdict)
+    pictures = draw(sweep, records, verdicts, folder)
+    sink.flush()
+    sink.log_verdicts(verdicts, arms, pictures, recompute=command)
+    sink.finish("FINISHED")
+    return SweepResult(folder, registration, verdicts, arms, pictures, timing, sink.parent_run_id)
+
+
+def judge_records(
+    sweep: SweepConfig, registration: Registration, records: list[TrialRecord]
+) -> tuple[list[Verdict], dict[str, ArmSummary]]:
+    """Verdicts and summaries from stored records: a pure function of them."""
+    configs = {arm: sweep.run_config(arm) for arm in sweep.arms}
+    verdicts = judge_all(
+        records,
+        registration,
+        dependent_arms=frozenset(a for a, c in configs.items() if c.follow),
+        salted_arms=frozenset(a for a, c in configs.items() if c.seed_salt),
+    )
+    return verdicts, summarise(records, registration)
+
+
+def draw(
+    sweep: SweepConfig, records: list[TrialRecord], verdicts: list[Verdict], folder: Path
+) -> dict[str, Path]:
+    """Growth curves, forest plot, and the treatment's lattice in its first pair."""
+    target = folder / "pictures"
+    target.mkdir(exist_ok=True)
+    metric = sweep.question.metric.replace("test_", "held_out_")
+    curve = metric if all(metric in r.curves for r in records) else "held_out_loss"
+    pictures = {
+        "Growth curves": growth_curves(records, curve, target / "growth_curves.png"),
+        "Final results": arms_overview(
+            records, sweep.question.metric, target / "arms_overview.png"
+        ),
+        "Paired differences": forest_plot(verdicts, target / "forest_plot.png"),
+    }
+    grown = [r for r in records if r.arm == sweep.question.treatment and r.transitions]
+    if grown:
+        caption = f"Lattice over time ({grown[0].trial_id})"
+        pictures[caption] = lattice_over_time(grown[0], target / "lattice_over_time.png")
+    return pictures
