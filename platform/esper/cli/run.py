@@ -36,7 +36,7 @@ def run_once(
         if latest:
             done = len(trial.curves["step"]) / trial.intervals
             left = (time.monotonic() - started) * (1 / done - 1)
-            console.print(_line(latest, trial, left), highlight=False)
+            console.print(_line(latest, trial, left), highlight=False, soft_wrap=True)
     record = trial.record()
     run_id = log_single(tracking_uri, "esper-runs", record, config.model_dump(mode="json"))
     for name, value in record.metrics.items():
