@@ -1,5 +1,6 @@
 """The public functions of the seed lattice: arguments are checked here, and only here."""
 
+import torch
 from torch import Tensor
 
 from esper_kernels.reference import chunk as _chunk
@@ -49,7 +50,9 @@ def chunk_seeds(
             f"but got {tuple(b1_SH.shape)} and {tuple(w2_SHC.shape)}."
         )
     _require_rows(S, alpha_S=alpha_S, phi_S=phi_S, hidden_S=hidden_S)
-    return _chunk.chunk_seeds(x_TD, w1_SCH, b1_SH, w2_SHC, alpha_S, phi_S, hidden_S)
+    # autocast would compute in half precision what is promised in fp32
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return _chunk.chunk_seeds(x_TD, w1_SCH, b1_SH, w2_SHC, alpha_S, phi_S, hidden_S)
 
 
 def span_seeds(
@@ -89,8 +92,11 @@ def span_seeds(
             f"z_TO must have shape {(x_TI.shape[0], O)}, one row for each row of x_TI, "
             f"but got {tuple(z_TO.shape)}; a span's input and output must share their positions."
         )
+    if len(w_out_SO) != S:
+        raise ValueError(f"w_out_SO must have {S} rows, one per unit, but got {len(w_out_SO)}.")
     _require_rows(S, b_S=b_S, alpha_S=alpha_S, phi_S=phi_S)
-    return _span.span_seeds(x_TI, z_TO, w_in_SI, b_S, w_out_SO, alpha_S, phi_S)
+    with torch.autocast(x_TI.device.type, enabled=False):
+        return _span.span_seeds(x_TI, z_TO, w_in_SI, b_S, w_out_SO, alpha_S, phi_S)
 
 
 def _require_rows(num_seeds: int, **tensors: Tensor) -> None:

@@ -125,3 +125,6 @@ def test_wrong_shapes_are_refused_with_the_shape_that_is_needed():
     with pytest.raises(ValueError, match=r"must share their positions"):
         span_seeds(torch.randn(4, 2), torch.randn(5, 2), torch.randn(1, 2), torch.zeros(1),
                    torch.randn(1, 2), torch.ones(1), torch.ones(1).int())  # fmt: skip
+    with pytest.raises(ValueError, match=r"w_out_SO must have 2 rows, one per unit, but got 3"):
+        span_seeds(torch.randn(4, 2), torch.randn(4, 2), torch.randn(2, 2), torch.zeros(2),
+                   torch.randn(3, 2), torch.ones(2), torch.ones(2).int())  # fmt: skip

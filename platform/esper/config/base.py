@@ -1,5 +1,6 @@
 """The base of every configuration model, and errors that say where, what rule and what instead."""
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -7,7 +8,14 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -15,7 +23,30 @@ M = TypeVar("M", bound=BaseModel)
 class Config(BaseModel):
     """A frozen model that refuses unknown keys and never guesses a type."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+    # pydantic's own strict mode would refuse YAML's lists for tuples and its texts for paths
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _same_kind(cls, value: Any, build: ValidatorFunctionWrapHandler) -> Any:
+        result = build(value)
+        rule = _guessed(value, result)
+        if rule is not None:
+            raise PydanticCustomError("guessed", "Input should be {rule}", {"rule": rule})
+        return result
+
+
+def _guessed(value: Any, result: Any) -> str | None:
+    """What `value` should have been, if `result` was made by reading it as another type."""
+    if isinstance(result, tuple) and isinstance(value, list | tuple):
+        rules = (_guessed(v, r) for v, r in zip(value, result, strict=True))
+        rule = next(filter(None, rules), None)
+        return rule and f"a list whose every item is {rule}"
+    if not isinstance(result, bool | int | float):
+        return None
+    if isinstance(value, str) or isinstance(value, bool) != isinstance(result, bool):
+        return "true or false" if isinstance(result, bool) else "a number without quotes"
+    return None
 
 
 class ConfigError(ValueError):
@@ -67,10 +98,10 @@ def _line(model: type[BaseModel], problem: dict[str, Any], at: str) -> str:
         case "value_error":
             return f"{path}: {problem['ctx']['error']}"
         case _:
-            rule = problem["msg"].removeprefix("Input should be ").removeprefix("Value should ")
+            rule = re.sub(r"^\w+ should ", "", problem["msg"])
             value = repr(problem["input"])
             shown = value if len(value) <= 60 else value[:57] + "..."
-            return f"{path} must be {rule}, but got {shown}."
+            return f"{path} must {rule}, but got {shown}."
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
@@ -104,19 +135,26 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML loader that refuses a key given twice; plain YAML keeps the last one silently."""
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
     twice = next((k for k in keys if keys.count(k) > 1), None)
     if twice is not None:
         raise yaml.constructor.ConstructorError(
             None, None, f"key '{twice}' must be given once, but is given twice", node.start_mark
         )
-    return {
-        k: loader.construct_object(v, deep=True) for k, (_, v) in zip(keys, node.value, strict=True)
-    }
+    return loader.construct_mapping(node, deep=True)
 
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+# PyYAML takes 1e-3 for a text, unlike YAML 1.2: it wants the dot of 1.0e-3
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -84,6 +84,16 @@ class GrowthConfig(Config):
         8, description="Culls in a row after which the shield refuses to germinate."
     )
 
+    @model_validator(mode="after")
+    def _patient_enough(self) -> "GrowthConfig":
+        for name in ("training_intervals", "stabilization_intervals"):
+            if self.patience_intervals < getattr(self, name):
+                raise ValueError(
+                    f"patience_intervals must be at least {name} ({getattr(self, name)}), "
+                    f"but got {self.patience_intervals}; no seed would ever get further."
+                )
+        return self
+
 
 class RunConfig(Config):
     """Everything that one run depends on, except its random seed."""
@@ -106,6 +116,18 @@ class RunConfig(Config):
     )
     device: str = "cpu"
     plugins: tuple[str, ...] = Field((), description="Modules to import: they register plug-ins.")
+
+    @model_validator(mode="after")
+    def _ramp_ends(self) -> "RunConfig":
+        patience_steps = self.growth.patience_intervals * self.train.interval_steps
+        grows = self.lattice and self.controller.name != "static"
+        if grows and self.growth.ramp_steps > patience_steps:
+            raise ValueError(
+                f"growth.ramp_steps must be at most patience_intervals * interval_steps "
+                f"({patience_steps}), but got {self.growth.ramp_steps}; every seed would be "
+                "culled before its graft is complete."
+            )
+        return self
 
     @model_validator(mode="after")
     def _grown_follows(self) -> "RunConfig":

@@ -77,6 +77,12 @@ class SweepConfig(Config):
 
     @model_validator(mode="after")
     def _names_exist(self) -> "SweepConfig":
+        for comparison in self.question.comparisons:
+            if comparison.treatment == comparison.control:
+                raise ValueError(
+                    f"treatment must be another arm than control, but got '{comparison.control}' "
+                    "for both; an A/A comparison needs two arms that are configured alike."
+                )
         for side in {s for c in self.question.comparisons for s in (c.treatment, c.control)}:
             if side not in self.arms:
                 raise ValueError(
@@ -91,12 +97,11 @@ class SweepConfig(Config):
         Raises:
             ConfigError: If the merged keys are not a valid run.
         """
-        merged = _merge(self.run, self.arms[arm])
-        config = validate(RunConfig, merged, source=f"arm '{arm}'", at=f"arms.{arm}")
+        config = validate(RunConfig, self._merged(arm), source=f"arm '{arm}'", at=f"arms.{arm}")
         if config.follow is not None and (
             config.follow == arm
             or config.follow not in self.arms
-            or self.arms[config.follow].get("follow") is not None
+            or self._merged(config.follow).get("follow") is not None
         ):
             raise ConfigError(
                 f"arm '{arm}'",
@@ -106,6 +111,9 @@ class SweepConfig(Config):
                 ),
             )
         return config
+
+    def _merged(self, arm: str) -> dict[str, Any]:
+        return _merge(self.run, self.arms[arm])
 
     @property
     def config_hash(self) -> str:

@@ -59,6 +59,14 @@ class Blueprint:
         outgoing = used // 2 if self.phi == Phi.GLU else used
         return used * (fan_in + 1) + outgoing * fan_out
 
+    def fits(self, geometry: Geometry, hidden: int) -> bool:
+        """Whether `require` would accept the site."""
+        try:
+            self.require(geometry, hidden)
+        except ValueError:
+            return False
+        return True
+
     def require(self, geometry: Geometry, hidden: int) -> None:
         """Check that the blueprint can be used on a site.
 
@@ -98,19 +106,22 @@ def blueprint(
     Args:
         name: A new name.
         hidden_frac: Share of the hidden units in use.
-        chunk_only: True if the function mixes the hidden units of a seed.
+        chunk_only: True if the function mixes the hidden units of a seed; it then uses all.
 
     Raises:
-        ValueError: If the name is taken or `hidden_frac` is not in (0, 1].
+        ValueError: If the name is taken or `hidden_frac` is not in (0, 1], or not 1 for a
+            function that mixes the hidden units.
     """
     if not 0 < hidden_frac <= 1:
         raise ValueError(f"hidden_frac must be in (0, 1], but got {hidden_frac}.")
+    if chunk_only and hidden_frac != 1:
+        raise ValueError(
+            f"hidden_frac must be 1 for a function that mixes the hidden units, "
+            f"but got {hidden_frac}; set `hidden` of the site instead."
+        )
 
     def add(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         geometries: frozenset[Geometry] = frozenset({"chunk"} if chunk_only else {"chunk", "span"})
-        # the name is claimed first, so that a refused one leaves no orphan code behind
-        if name in BLUEPRINTS:
-            BLUEPRINTS.register(name)
         BLUEPRINTS.register(name)(Blueprint(name, register_phi(function), hidden_frac, geometries))
         return function
 

@@ -99,7 +99,7 @@ class IsolatedTap(torch.autograd.Function):
 
         Args:
             ctx: Autograd context.
-            y: Output of the site, `[T, D]`.
+            y: Output of the site, in any layout.
             unexplained: Maps (gradient at y, weights of the n training seeds) to `[n]`.
             observe: Receives the explained shares, `[n]`.
             rows: Indices of the training seeds in the pool, `[n]`.
@@ -118,7 +118,7 @@ class IsolatedTap(torch.autograd.Function):
         """The host's gradient unchanged, and each training seed's own."""
         rows, *pool = ctx.saved_tensors
         weights = [w.detach()[rows].requires_grad_() for w in pool]
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
             unexplained = ctx.unexplained(grad.detach(), *weights)
             # a seed's objective does not depend on the others, so the sum separates
             grads = torch.autograd.grad(unexplained.sum(), weights, allow_unused=True)

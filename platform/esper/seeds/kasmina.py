@@ -49,7 +49,8 @@ class KasminaLayer(nn.Module):
         device: Of everything.
 
     Raises:
-        ValueError: If the channels are not divisible by the seeds, or an argument is missing.
+        ValueError: If the channels are not divisible by the seeds, a size is less than 1, or an
+            argument is missing.
     """
 
     w_in: nn.Parameter
@@ -61,6 +62,8 @@ class KasminaLayer(nn.Module):
     ramped_steps: Tensor
     graft_loss: Tensor
     pace: Tensor
+    fresh: Tensor
+    moment_age: Tensor
     trainable: Tensor
     ramping: Tensor
     cosine: Tensor
@@ -81,6 +84,10 @@ class KasminaLayer(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if num_seeds < 1:
+            raise ValueError(f"seeds_per_layer must be at least 1, but got {num_seeds}.")
+        if hidden is not None and hidden < 1:
+            raise ValueError(f"hidden must be at least 1, but got {hidden}.")
         if geometry == "chunk" and channels % num_seeds:
             fits = [s for s in range(1, channels + 1) if channels % s == 0]
             raise ValueError(
@@ -101,7 +108,6 @@ class KasminaLayer(nn.Module):
         self._make_pool(torch.promote_types(dtype, torch.float32), device)
         self._make_state(device)
         self.steps = 0
-        self.fresh_rows: list[int] = []
         self._source: Tensor | None = None
         self.reset_telemetry()
         self.refresh()
@@ -126,6 +132,10 @@ class KasminaLayer(nn.Module):
             self.register_buffer(name, torch.zeros(S, device=device))
         self.register_buffer("graft_loss", torch.full((S,), math.nan, device=device))
         self.register_buffer("pace", torch.ones(S, device=device))
+        # seeds whose moments the optimizer is to forget, one row for each tensor of the pool
+        self.register_buffer("fresh", torch.zeros(3, S, dtype=torch.bool, device=device))
+        # steps that each seed's moments have gathered since
+        self.register_buffer("moment_age", torch.zeros(3, S, device=device))
         # what follows is derived from the state by `refresh`
         for name, fill in {
             "trainable": torch.zeros(S, dtype=torch.bool),
@@ -171,7 +181,7 @@ class KasminaLayer(nn.Module):
                 self.progress[seed] = self.ramped_steps[seed] = 0
                 self.graft_loss[seed] = math.nan if loss is None else loss
                 # the objective changes, so old moments would push in a stale direction
-                self.fresh_rows.append(seed)
+                self._forget_moments(seed)
             case Stage.STABILIZATION:
                 self.progress[seed] = 1
                 self.alpha[seed] = 1
@@ -200,32 +210,38 @@ class KasminaLayer(nn.Module):
         self.progress[seed] = 0
         self.alpha[seed] = 0
         self.graft_loss[seed] = math.nan
-        self.fresh_rows.append(seed)
+        self._forget_moments(seed)
+
+    def _forget_moments(self, seed: int) -> None:
+        self.fresh[:, seed] = True
+        self.any_fresh = True
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Derive masks and flags from the state tensor; after every change of it."""
-        states, device = self.states(), self.state.device
+        states = self.states()
         blueprints = tuple(BLUEPRINTS[name] for name in BLUEPRINTS)
         grafts = tuple(GRAFTS[name] for name in GRAFTS)
         of = [blueprints[s.blueprint_id] for s in states]
 
         def put(name: str, values: list[Any]) -> None:
             buffer: Tensor = getattr(self, name)
-            setattr(self, name, torch.tensor(values, dtype=buffer.dtype, device=device))
+            buffer.copy_(torch.tensor(values, dtype=buffer.dtype))
 
         put("trainable", [s.stage in TRAINABLE_STAGES for s in states])
         put("ramping", [s.stage is Stage.GRAFTING for s in states])
         put("cosine", [grafts[s.graft_id].curve == "cosine" for s in states])
         put("phi", [b.phi for b in of])
         put("hidden_used", [b.hidden(self.hidden) for b in of])
-        put("training_rows", [i for i, s in enumerate(states) if s.stage is Stage.TRAINING])
+        training = [i for i, s in enumerate(states) if s.stage is Stage.TRAINING]
+        self.training_rows = torch.tensor(training, dtype=torch.int64, device=self.state.device)
+        self.any_fresh = bool(self.fresh.any())
         stages = {s.stage for s in states}
         self._any_training = Stage.TRAINING in stages
         self._any_ramping = Stage.GRAFTING in stages
         self._any_grafted = bool(stages & GRAFTED_STAGES)
         self._any_frozen = bool(stages & (GRAFTED_STAGES - TRAINABLE_STAGES))
-        self._any_trainable = bool(stages & TRAINABLE_STAGES)
+        self.any_trainable = bool(stages & TRAINABLE_STAGES)
 
     def set_paces(self, signals: GraftSignals, growth: GrowthConfig) -> None:
         """Decide how fast each grafting seed moves in the next interval."""
@@ -240,8 +256,8 @@ class KasminaLayer(nn.Module):
     def after_optimizer_step(self) -> None:
         """Move every graft one step on; called by the optimizer guard."""
         self.steps += 1
-        self.fresh_rows.clear()
         self._moved = True
+        self.any_fresh = self.any_fresh and bool(self.fresh.any())
         if self._any_ramping:
             # whole steps are counted, so that the ramp ends at exactly 1
             self.ramped_steps += self.ramping * self.pace
@@ -258,7 +274,9 @@ class KasminaLayer(nn.Module):
             source: Input of the span, for span sites.
 
         Returns:
-            `output` itself while no seed is awake; else a tensor of its shape and dtype.
+            `output` itself while no seed is awake (while training, a copy of its bits where the
+            gradient could not be observed otherwise: of a view, or behind a frozen host); else
+            a tensor of its shape, dtype and layout.
 
         Raises:
             ValueError: If the channels or the positions do not fit the layer.
@@ -270,10 +288,10 @@ class KasminaLayer(nn.Module):
         if self._any_grafted or training:
             rows = self._rows(output)
             y_rows = self._run(rows, source)
-            if training:
-                y_rows = self._tap(y_rows, rows, source)
             if y_rows is not rows:
                 y = self._unrows(y_rows, output)
+            if training:
+                y = self._tap(y, rows, source)
         if learning:
             y = self._observe(output, y)
         return y
@@ -291,11 +309,12 @@ class KasminaLayer(nn.Module):
             return weights
         return torch.where(self.trainable_like(weights), weights, weights.detach())
 
-    def _tap(self, y_rows: Tensor, rows: Tensor, source: Tensor | None) -> Tensor:
+    def _tap(self, y: Tensor, rows: Tensor, source: Tensor | None) -> Tensor:
         x, idx = rows.detach(), self.training_rows
         read = self._source_rows(source).detach() if self.geometry == "span" else x
 
-        def unexplained(grad: Tensor, w_in: Tensor, bias: Tensor, w_out: Tensor) -> Tensor:
+        def unexplained(dy: Tensor, w_in: Tensor, bias: Tensor, w_out: Tensor) -> Tensor:
+            grad = self._rows(dy)
             if self.geometry == "span":
                 target = isolated.target_of(self.objective, x.to(w_in), grad.to(w_in), (0, 1))
                 phi = self.phi[idx]
@@ -311,7 +330,7 @@ class KasminaLayer(nn.Module):
             self._explained_passes += 1
 
         tapped: Tensor = isolated.IsolatedTap.apply(  # type: ignore[no-untyped-call]
-            y_rows, unexplained, observe, idx, *self.pool()
+            y, unexplained, observe, idx, *self.pool()
         )
         return tapped
 
@@ -328,7 +347,9 @@ class KasminaLayer(nn.Module):
 
     def _unrows(self, rows: Tensor, like: Tensor) -> Tensor:
         shape = like.movedim(self.channel_axis, -1).shape
-        return rows.reshape(shape).movedim(-1, self.channel_axis)
+        y = rows.reshape(shape).movedim(-1, self.channel_axis)
+        # the host may rely on the layout: in a `view`, or in the last bit of its convolutions
+        return y if y.stride() == like.stride() else torch.empty_like(like).copy_(y)
 
     def _chunks(self, rows: Tensor) -> Tensor:
         chunks: Tensor = rows.unflatten(1, (self.num_seeds, self.fan_in)).transpose(0, 1)
@@ -338,24 +359,26 @@ class KasminaLayer(nn.Module):
         if source is None:
             raise ValueError(
                 "source must be the input of the span, but is missing; the span's first module "
-                "must run before its last in every forward pass."
+                "must take it as a positional argument, and run before its last, in every "
+                "forward pass."
             )
         return self._rows(source)
 
     def capture_source(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of a span's first module."""
-        self._source = args[0]
+        self._source = args[0] if args else None
 
     def graft_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the site, or of a span's last module."""
         source = None
         if self.geometry == "span":
-            source, self._source = (self._source, None)
+            source, self._source = self._source, None
             if source is None:
                 self._source_rows(None)
-        if isinstance(output, tuple):
-            return (self(output[0], source), *output[1:])
-        return self(output, source)
+        if not isinstance(output, tuple):
+            return self(output, source)
+        outputs = (self(output[0], source), *output[1:])
+        return output._make(outputs) if hasattr(output, "_make") else outputs
 
     def reset_telemetry(self) -> None:
         """Start a new interval."""
@@ -368,6 +391,9 @@ class KasminaLayer(nn.Module):
 
     def _observe(self, output: Tensor, y: Tensor) -> Tensor:
         """Gather statistics in every n-th training pass; returns y, ready for its gradient."""
+        if not y.requires_grad:
+            # behind a frozen host nothing asks for this gradient but the score of the seeds
+            y = y.detach().requires_grad_().clone()
         self._passes += 1
         if (self._passes - 1) % OBSERVE_EVERY:
             return y
@@ -376,9 +402,9 @@ class KasminaLayer(nn.Module):
         self._sum += rows.sum(0)
         self._sum_sq += rows.square().sum(0)
         self._dead += (rows.abs() < DEAD_BELOW).sum(0)
-        if not y.requires_grad:
-            # behind a frozen host nothing asks for this gradient but the score of the seeds
-            y = y.detach().requires_grad_().clone()
+        if y._is_view():
+            # a module that works in place on a view would take the hook away with its history
+            y = y.clone()
         y.register_hook(self._observe_grad)
         return y
 
@@ -403,11 +429,8 @@ class KasminaLayer(nn.Module):
         dead = self._dead / n if n else mean
 
         def per_seed(values: Tensor) -> Tensor:
-            return (
-                values.view(S, -1).mean(1)
-                if self.geometry == "chunk"
-                else (values.mean().expand(S))
-            )
+            chunk = self.geometry == "chunk"
+            return values.view(S, -1).mean(1) if chunk else values.mean().expand(S)
 
         def mean_of(total: Tensor, passes: int) -> Tensor:
             return total / passes if passes else torch.full_like(total, math.nan)
@@ -434,7 +457,7 @@ class KasminaLayer(nn.Module):
     @property
     def starved(self) -> bool:
         """True if seeds should have learned in this interval, but no optimizer moved them."""
-        return self._any_trainable and self._passes > 0 and not self._moved
+        return self.any_trainable and self._passes > 0 and not self._moved
 
     def span_hidden(self, source: Tensor, rows: Tensor) -> Tensor:
         """Hidden activations of the given span units, `[T, n]`."""
@@ -449,9 +472,24 @@ class KasminaLayer(nn.Module):
         self.refresh()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "KasminaLayer":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        def exact(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            if moved.dtype == tensor.dtype:
+                return moved
+            # not by way of `moved`, which a half-precision host has rounded already
+            return tensor.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+
+        super()._apply(exact, recurse)  # type: ignore[no-untyped-call]
         # alpha blends in fp32 whatever the host's dtype
-        for name in ("alpha", "progress", "ramped_steps", "graft_loss", "pace", "ramping"):
+        for name in (
+            "alpha",
+            "progress",
+            "ramped_steps",
+            "graft_loss",
+            "pace",
+            "ramping",
+            "moment_age",
+        ):
             setattr(self, name, getattr(self, name).float())
         self.reset_telemetry()
         return self
