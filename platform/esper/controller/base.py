@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+from pydantic import ValidationInfo, field_validator
 
 from esper.config.base import Config
-from esper.registry import Registry
+from esper.registry import Registry, UnknownNameError
 from esper.seeds import gates
 from esper.seeds.actions import Action, Advance, Cull, Promote, Rollback
+from esper.seeds.blueprints import BLUEPRINTS
+from esper.seeds.grafting import GRAFTS
 from esper.seeds.report import Report, SiteReport
 from esper.seeds.state import Stage
 
@@ -48,6 +52,23 @@ class ControllerOptions(Config):
             events: What the followed arm grew, if this arm follows one.
         """
         raise NotImplementedError(f"{type(self).__name__} must define build(seed, events).")
+
+
+class GrowingOptions(ControllerOptions):
+    """What a controller that germinates seeds needs to know about them."""
+
+    blueprint: str = "mlp_gelu"
+    graft: str = "linear"
+
+    @field_validator("blueprint", "graft")
+    @classmethod
+    def _registered(cls, name: str, info: ValidationInfo) -> str:
+        registry: Registry[Any] = BLUEPRINTS if info.field_name == "blueprint" else GRAFTS
+        try:
+            registry[name]
+        except UnknownNameError as error:
+            raise ValueError(str(error)) from None
+        return name
 
 
 CONTROLLERS: Registry[type[ControllerOptions]] = Registry("controller")

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt
 from esper.controller.base import (
     CONTROLLERS,
     Controller,
-    ControllerOptions,
+    GrowingOptions,
     GrowthEvent,
     shepherd,
 )
@@ -25,7 +25,7 @@ class HeuristicController:
 
     def __init__(self, options: "TamiyoOptions") -> None:
         self._options = options
-        self._best = float("inf")
+        self._best: float | None = None
         self._stale = 0
 
     def decide(self, report: Report) -> list[Action]:
@@ -47,7 +47,8 @@ class HeuristicController:
                 "loss must be measured for the plateau rule, but got None; "
                 "give it to `lattice.report(loss)`."
             )
-        if report.loss < self._best * (1 - self._options.min_improvement_frac):
+        frac = self._options.min_improvement_frac
+        if self._best is None or report.loss < self._best - frac * abs(self._best):
             self._best, self._stale = report.loss, 0
         else:
             self._stale += 1
@@ -64,20 +65,22 @@ class HeuristicController:
     def _wave(self, report: Report) -> list[Action]:
         o = self._options
         fitting = [s for s in report.sites if o.blueprint in s.seed_parameters]
+        if report.sites and not fitting:
+            raise ValueError(
+                f"blueprint must fit a site of the lattice, but '{o.blueprint}' fits none of "
+                f"{', '.join(s.name for s in report.sites)}; choose another."
+            )
         affordable = [s for s in fitting if resources(report, s, o.blueprint).passed]
+        # all seeds of a span score the same, so the lowest come first and stay compact
         ranked = sorted(
-            ((-_score(site, seed), site.name, seed) for site in affordable
-             for seed in _candidates(site)),
-        )  # fmt: skip
+            (-_score(site, seed), site.name, seed)
+            for site in affordable
+            for seed in site.seeds_in(Stage.DORMANT)
+        )
         return [
             Germinate(name, seed, o.blueprint, o.graft, f"plateau; gradient energy {-score:.3g}")
             for score, name, seed in ranked[: o.seeds_per_wave]
         ]
-
-
-def _candidates(site: SiteReport) -> list[int]:
-    """Free span seeds are interchangeable and taken from the lowest, so that they stay compact."""
-    return site.seeds_in(Stage.DORMANT)
 
 
 def _score(site: SiteReport, seed: int) -> float:
@@ -91,7 +94,7 @@ def _score(site: SiteReport, seed: int) -> float:
 
 
 @CONTROLLERS.register("tamiyo")
-class TamiyoOptions(ControllerOptions):
+class TamiyoOptions(GrowingOptions):
     """When a plateau is a plateau, and what a wave is."""
 
     patience_intervals: PositiveInt = Field(2, description="Intervals without improvement.")
@@ -102,8 +105,6 @@ class TamiyoOptions(ControllerOptions):
     last_interval: PositiveInt | None = Field(
         None, description="No germination after this interval; None: until the end."
     )
-    blueprint: str = "mlp_gelu"
-    graft: str = "linear"
 
     def build(self, seed: int, events: tuple[GrowthEvent, ...] = ()) -> Controller:
         """A heuristic controller."""

@@ -6,7 +6,7 @@ from pydantic import PositiveInt
 from esper.controller.base import (
     CONTROLLERS,
     Controller,
-    ControllerOptions,
+    GrowingOptions,
     GrowthEvent,
     shepherd,
 )
@@ -25,25 +25,25 @@ class RandomController:
     def decide(self, report: Report) -> list[Action]:
         """Shepherds the awake seeds; at its times it also wakes random dormant ones."""
         actions: list[Action] = shepherd(report)
-        dormant = [
-            (site.name, seed) for site in report.sites for seed in site.seeds_in(Stage.DORMANT)
-        ]
+        free = [(site, seed) for site in report.sites for seed in site.seeds_in(Stage.DORMANT)]
         for blueprint in self._blueprints.get(report.interval, []):
-            if not dormant:
+            if not free:
                 break
-            site, seed = dormant.pop(int(self._rng.integers(len(dormant))))
-            actions.append(Germinate(site, seed, blueprint, self._graft, "random place"))
+            place = int(self._rng.integers(len(free)))
+            if free[place][0].geometry == "span":
+                # free seeds of a span are interchangeable: the lowest keeps them compact
+                place = next(i for i, (site, _) in enumerate(free) if site is free[place][0])
+            site, seed = free.pop(place)
+            actions.append(Germinate(site.name, seed, blueprint, self._graft, "random place"))
         return actions
 
 
 @CONTROLLERS.register("random")
-class RandomOptions(ControllerOptions):
-    """When and what to grow, unless the arm follows another: then its times and blueprints."""
+class RandomOptions(GrowingOptions):
+    """When and what to grow, besides what the followed arm grew, if the arm follows one."""
 
     at_intervals: tuple[PositiveInt, ...] = ()
     count: PositiveInt = 1
-    blueprint: str = "mlp_gelu"
-    graft: str = "linear"
 
     def build(self, seed: int, events: tuple[GrowthEvent, ...] = ()) -> Controller:
         """A random controller."""

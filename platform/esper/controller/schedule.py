@@ -5,7 +5,7 @@ from pydantic import Field, PositiveInt
 from esper.controller.base import (
     CONTROLLERS,
     Controller,
-    ControllerOptions,
+    GrowingOptions,
     GrowthEvent,
     shepherd,
 )
@@ -39,13 +39,11 @@ class ScheduleController:
 
 
 @CONTROLLERS.register("schedule")
-class ScheduleOptions(ControllerOptions):
+class ScheduleOptions(GrowingOptions):
     """When, how many and what."""
 
     at_intervals: tuple[PositiveInt, ...] = Field(description="Intervals at whose end it grows.")
     count: PositiveInt = Field(1, description="Seeds each time.")
-    blueprint: str = "mlp_gelu"
-    graft: str = "linear"
 
     def build(self, seed: int, events: tuple[GrowthEvent, ...] = ()) -> Controller:
         """A schedule controller."""

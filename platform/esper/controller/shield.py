@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from esper.controller.base import Controller
+from esper.registry import UnknownNameError
 from esper.seeds import gates
 from esper.seeds.actions import Action, Advance, Cull, Germinate, Rollback
 from esper.seeds.lifecycle import IllegalTransitionError, advance
@@ -57,12 +58,15 @@ class Shield:
 
     def _objection(self, report: Report, action: Action) -> str | None:
         """Why the action must not be applied; None if it may."""
+        names = [site.name for site in report.sites]
+        if action.site not in names:
+            return f"site must be one of {', '.join(names)}, but got '{action.site}'"
         site = report.site(action.site)
         if not 0 <= action.seed < len(site.stage):
             return f"seed must be in 0..{len(site.stage) - 1}, but got {action.seed}"
         try:
             advance(site.state(action.seed), action)
-        except IllegalTransitionError as error:
+        except (IllegalTransitionError, UnknownNameError) as error:
             return str(error)
         if isinstance(action, Germinate):
             return self._germination(report, action)

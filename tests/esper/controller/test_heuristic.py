@@ -1,0 +1,172 @@
+"""Tamiyo grows on a plateau, where the gradient asks for it most, one wave at a time."""
+
+import pytest
+from pydantic import ValidationError
+
+from esper.config.run import GrowthConfig
+from esper.controller import TamiyoOptions
+from esper.seeds.actions import Advance, Cull, Germinate, Promote, Rollback
+from esper.seeds.gates import MissingMeasurementError
+from esper.seeds.state import Stage
+
+
+def tamiyo(**options):
+    return TamiyoOptions(**{"patience_intervals": 2, **options}).build(0)
+
+
+def germinated(actions):
+    return [(a.site, a.seed) for a in actions if isinstance(a, Germinate)]
+
+
+def waves(controller, losses, make_report, *sites):
+    """Number of seeds germinated after each loss."""
+    return [
+        len(germinated(controller.decide(make_report(*sites, interval=i, loss=loss))))
+        for i, loss in enumerate(losses, start=1)
+    ]
+
+
+def test_it_grows_after_patience_intervals_without_improvement(make_report):
+    losses = [1.0, 0.9, 0.89, 0.89, 0.5, 0.495, 0.494]
+    #                     ^ less than 2 % is no improvement; 0.5 is one
+    assert waves(tamiyo(), losses, make_report) == [0, 0, 0, 2, 0, 0, 2]
+
+
+def test_patience_starts_anew_after_a_wave(make_report):
+    assert waves(tamiyo(), [1.0] * 7, make_report) == [0, 0, 2, 0, 2, 0, 2]
+
+
+def test_a_falling_negative_loss_is_an_improvement_and_a_flat_one_is_not(make_report):
+    assert waves(tamiyo(), [-1.0, -1.5, -2.0, -2.5], make_report) == [0, 0, 0, 0]
+    assert waves(tamiyo(), [-1.0, -1.0, -1.01], make_report) == [0, 0, 2]
+
+
+def test_a_wave_takes_the_best_scores_of_all_sites(make_report, make_site):
+    a = make_site("a", grad_energy=[0.1, 0.9, 0.2, 0.3])
+    b = make_site("b", grad_energy=[0.8, 0.0, 0.05, 0.4], stage=[0, 0, 0, Stage.FOSSILIZED])
+    controller = tamiyo(seeds_per_wave=3)
+    for interval in (1, 2, 3):
+        actions = controller.decide(make_report(a, b, interval=interval))
+    assert germinated(actions) == [("a", 1), ("b", 0), ("a", 3)]
+    assert actions[0].reason == "plateau; gradient energy 0.9"
+
+
+def test_a_span_gives_its_lowest_free_slots(make_report, make_site):
+    stage = [Stage.FOSSILIZED, Stage.DORMANT, Stage.CULLED, Stage.DORMANT, Stage.DORMANT]
+    span = make_site("s", stage=stage, geometry="span", epochs=1)
+    controller = tamiyo()
+    for interval in (1, 2, 3):
+        actions = controller.decide(make_report(span, interval=interval))
+    assert germinated(actions) == [("s", 1), ("s", 3)]
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING, Stage.STABILIZATION, Stage.EVALUATING],
+)
+def test_it_waits_while_a_wave_is_in_the_pipeline(make_report, make_site, stage):
+    busy = make_site(stage=[stage, Stage.DORMANT])
+    assert waves(tamiyo(), [1.0] * 5, make_report, busy) == [0] * 5
+
+
+@pytest.mark.parametrize("stage", [Stage.FINE_TUNING, Stage.FOSSILIZED, Stage.CULLED])
+def test_it_does_not_wait_for_finished_seeds(make_report, make_site, stage):
+    done = make_site(stage=[stage, Stage.DORMANT])
+    assert waves(tamiyo(), [1.0] * 3, make_report, done) == [0, 0, 1]
+
+
+def test_no_wave_after_the_last_interval(make_report):
+    assert waves(tamiyo(last_interval=3), [1.0] * 6, make_report) == [0, 0, 2, 0, 0, 0]
+
+
+def test_no_wave_when_nothing_is_affordable_and_one_as_soon_as_it_is(make_report):
+    controller, poor = tamiyo(), GrowthConfig(max_parameters=1000)
+    for interval in (1, 2, 3):
+        assert controller.decide(make_report(interval=interval, growth=poor)) == []
+    assert len(controller.decide(make_report(interval=4))) == 2
+
+
+def test_a_missing_loss_is_an_error(make_report):
+    with pytest.raises(MissingMeasurementError, match=r"loss must be measured .*report\(loss\)"):
+        tamiyo().decide(make_report(loss=None))
+
+
+def test_a_missing_gradient_is_an_error_once_it_is_needed(make_report, make_site):
+    controller, blind = tamiyo(), make_site(grad_energy=float("nan"))
+    controller.decide(make_report(blind))
+    controller.decide(make_report(blind, interval=2))
+    with pytest.raises(MissingMeasurementError, match=r"grad_energy must be measured for seed 0"):
+        controller.decide(make_report(blind, interval=3))
+
+
+def test_a_blueprint_that_fits_no_site_is_an_error_not_silence(make_report, make_site):
+    controller, span = tamiyo(blueprint="glu"), make_site("s", geometry="span")
+    for interval in (1, 2):
+        controller.decide(make_report(span, interval=interval))
+    with pytest.raises(ValueError, match=r"must fit a site of the lattice, but 'glu' fits none"):
+        controller.decide(make_report(span, interval=3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blueprint": "mlp_relo"}, "blueprint must be one of .* Did you mean 'mlp_relu'"),
+        ({"graft": "cosin"}, "graft strategy must be one of .* Did you mean 'cosine'"),
+        ({"patience_intervals": 0}, "greater than 0"),
+        ({"min_improvement_frac": 1.0}, "less than 1"),
+        ({"patience": 3}, "Extra inputs are not permitted"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_run(options, message):
+    with pytest.raises(ValidationError, match=message):
+        TamiyoOptions(**options)
+
+
+class TestShepherd:
+    """The gates decide about every awake seed; all growing controllers share this."""
+
+    def decide(self, make_report, make_site, stage, loss=1.0, **columns):
+        site = make_site(stage=[stage], **columns)
+        return tamiyo().decide(make_report(site, loss=loss))
+
+    @pytest.mark.parametrize(
+        ("stage", "columns", "action"),
+        [
+            (Stage.GERMINATED, {}, Promote),
+            (Stage.TRAINING, {"epochs": 1}, Advance),
+            (Stage.GRAFTING, {"alpha": 1.0}, Advance),
+            (Stage.STABILIZATION, {"epochs": 1}, Advance),
+            (Stage.EVALUATING, {"gain": 0.0}, Advance),
+            (Stage.FINE_TUNING, {"epochs": 10}, Advance),
+            (Stage.CULLED, {"epochs": 5}, Advance),
+            (Stage.CANCELLED, {"epochs": 5}, Advance),
+            (Stage.ROLLED_BACK, {"epochs": 5}, Advance),
+            (Stage.EVALUATING, {"gain": -1e-6}, Cull),
+            (Stage.TRAINING, {"epochs": 8, "explained_frac": -0.1}, Cull),
+            (Stage.GRAFTING, {"epochs": 8, "alpha": 0.99}, Cull),
+            (Stage.STABILIZATION, {"epochs": 8, "graft_loss": 0.1}, Rollback),
+        ],
+    )
+    def test_it_moves_a_seed(self, make_report, make_site, stage, columns, action):
+        (decided,) = self.decide(make_report, make_site, stage, **columns)
+        assert type(decided) is action
+        assert decided.reason
+
+    @pytest.mark.parametrize(
+        ("stage", "columns"),
+        [
+            (Stage.TRAINING, {"epochs": 7, "explained_frac": -0.1}),
+            (Stage.GRAFTING, {"epochs": 7, "alpha": 0.99}),
+            (Stage.STABILIZATION, {"epochs": 7, "graft_loss": 0.1}),
+            (Stage.FINE_TUNING, {"epochs": 9}),
+            (Stage.CULLED, {"epochs": 4}),
+            (Stage.FOSSILIZED, {"epochs": 99}),
+            (Stage.DORMANT, {}),
+        ],
+    )
+    def test_it_lets_a_seed_wait(self, make_report, make_site, stage, columns):
+        assert self.decide(make_report, make_site, stage, **columns) == []
+
+    def test_the_reason_names_the_gate_and_the_time(self, make_report, make_site):
+        (cull,) = self.decide(make_report, make_site, Stage.GRAFTING, epochs=8, alpha=0.25)
+        assert cull.reason == "gave up after 8 intervals; G3: alpha is 0.250"
