@@ -83,6 +83,7 @@ class Trial:
         task = build_options(TASKS, config.task, "task")
         host = build_options(HOSTS, config.host, "host")
         brain = build_options(CONTROLLERS, config.controller, "controller")
+        _require_device(config.device)
         data = task.load(seed)
         events = () if followed is None else kept_events(followed)
         try:
@@ -135,23 +136,22 @@ class Trial:
             report = self.trainer.run_interval()
         except CollapseError as error:
             self._collapse = error
+            self._observe(None)
             return
         self._transitions += self.trainer.apply(self.controller.decide(report))
         self._observe(report)
 
-    def _observe(self, report: Report) -> None:
+    def _observe(self, report: Report | None) -> None:
+        """Add a point to every curve; the last one of a run that collapsed has no metrics."""
+        held_out = self.trainer.evaluate("held_out")
         point = {
-            "step": report.step,
-            "train_loss": report.loss,
-            **self.trainer.evaluate("held_out"),
+            "step": self.trainer.step,
+            "train_loss": None if report is None else report.loss,
+            **(dict.fromkeys(held_out) if report is None else held_out),
             "parameters": self.trainer.lattice.count_parameters(),
-            "active_seeds": sum(
-                s.stage in AWAKE_STAGES
-                for a in self.trainer.lattice.attached.values()
-                for s in a.layer.states()
-            ),
-            "grad_norm": report.grad_norm,
-            "host_drift_frac": report.host_drift_frac,
+            "active_seeds": self.trainer.lattice.count_awake(),
+            "grad_norm": None if report is None else report.grad_norm,
+            "host_drift_frac": None if report is None else report.host_drift_frac,
             "vetoes": len(self.controller.vetoes),
             "train_seconds": self.trainer.cost.seconds,
         }
@@ -199,7 +199,6 @@ class Trial:
                    for k, v in trainer.evaluate(split).items()}  # fmt: skip
         if self._collapse is not None:
             metrics = dict.fromkeys(metrics, math.nan)
-        states = [s for a in trainer.lattice.attached.values() for s in a.layer.states()]
         culled = sum(t.after.stage is Stage.CULLED for t in self._transitions)
         return metrics | {
             "parameters": float(trainer.lattice.count_parameters()),
@@ -207,7 +206,7 @@ class Trial:
             "steps": float(trainer.step),
             "train_flops": trainer.cost.flops,
             "train_seconds": trainer.cost.seconds,
-            "seeds_kept": float(sum(s.stage in AWAKE_STAGES for s in states)),
+            "seeds_kept": float(trainer.lattice.count_awake()),
             "seeds_culled": float(culled),
             "vetoes": float(len(self.controller.vetoes)),
         }
@@ -252,6 +251,16 @@ def _attach_all(model: torch.nn.Module, config: RunConfig, seed: int) -> Lattice
         pattern = options.pop("sites")
         lattice = attach(model, pattern, **options, growth=config.growth, seed=seed)
     return lattice
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    # torch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError("device", (
+            f"device must be usable on this machine, but '{device}' is not: {error}.",
+        )) from error  # fmt: skip
 
 
 def _import_plugin(module: str) -> None:

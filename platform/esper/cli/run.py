@@ -32,11 +32,9 @@ def run_once(
     started = time.monotonic()
     while not trial.done:
         latest = trial.run_for(0.0)
-        # a run that collapses in its first interval has no curve yet
-        if latest:
-            done = len(trial.curves["step"]) / trial.intervals
-            left = (time.monotonic() - started) * (1 / done - 1)
-            console.print(_line(latest, trial, left), highlight=False, soft_wrap=True)
+        done = len(trial.curves["step"]) / trial.intervals
+        left = (time.monotonic() - started) * (1 / done - 1)
+        console.print(_line(latest, trial, left), highlight=False, soft_wrap=True)
     record = trial.record()
     run_id = log_single(tracking_uri, "esper-runs", record, config.model_dump(mode="json"))
     for name, value in record.metrics.items():

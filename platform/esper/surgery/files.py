@@ -1,35 +1,20 @@
-"""Saving and loading a model with its lattice: safetensors and JSON, checked, atomic.
+"""Saving and loading a model with its lattice and its optimizer; see `checkpoint_folder`."""
 
-A checkpoint is a folder with `manifest.json` and one `tensors-<sha256>.safetensors`. The
-tensors are written first, under a name that is their own hash; replacing the manifest is the
-one step that makes the new checkpoint valid. A crash at any moment leaves the old or the new
-one. Nothing is ever unpickled.
-"""
-
-import hashlib
-import json
-import os
-import tempfile
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from esper.config.run import GrowthConfig
+from esper.registry import Registry, UnknownNameError
 from esper.seeds.blueprints import BLUEPRINTS
-from esper.seeds.grafting import GRAFTS
+from esper.seeds.grafting import GRAFTS, GraftSignals
+from esper.seeds.kasmina import KasminaLayer
+from esper.seeds.state import BLUEPRINT, GRAFT
+from esper.surgery.checkpoint_folder import CheckpointError, read_checkpoint, write_checkpoint
 from esper.surgery.lattice import Lattice, attach, lattice_of
-
-FORMAT = "esper-checkpoint"
-VERSION = 1
-MANIFEST = "manifest.json"
-
-
-class CheckpointError(ValueError):
-    """The folder is no checkpoint, is damaged, or does not fit the model; nothing was changed."""
 
 
 def save(
@@ -52,34 +37,18 @@ def save(
 
     Raises:
         CheckpointError: If the folder exists and holds something else.
+        ValueError: If the lattice is not the model's.
     """
     folder = Path(path)
-    if folder.exists() and any(folder.iterdir()):
-        # refuses to overwrite a foreign folder, before anything is written
-        _read_manifest(folder)
+    if lattice.model is not model:
+        raise ValueError("lattice must be the model's own to be saved with it, but is another's.")
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     optimizer_json: Any = None
     if optimizer is not None:
-        optimizer_json, moments = _pack_optimizer(optimizer)
+        optimizer_json, moments = _pack_optimizer(optimizer, model)
         tensors |= moments
-    # safetensors refuses tensors that share memory, such as tied weights
-    payload = to_bytes({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
-    digest = hashlib.sha256(payload).hexdigest()
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "tensors": f"tensors-{digest}.safetensors",
-        "tensors_sha256": digest,
-        "lattice": _describe(lattice),
-        "optimizer": optimizer_json,
-    }
-    manifest["manifest_sha256"] = _hash_json(manifest)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / str(manifest["tensors"]), payload)
-    _write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-    for old in folder.glob("tensors-*.safetensors"):
-        if old.name != manifest["tensors"]:
-            old.unlink()
+    content = {"lattice": _describe(lattice), "optimizer": optimizer_json}
+    write_checkpoint(folder, tensors, content)
     return folder
 
 
@@ -102,54 +71,57 @@ def load(
     Raises:
         CheckpointError: If the folder is no checkpoint, is damaged, or does not fit.
     """
-    manifest, tensors = _read(Path(path))
+    manifest, tensors = read_checkpoint(Path(path))
     if optimizer is not None and manifest["optimizer"] is None:
         raise CheckpointError(
             f"{path} must hold an optimizer to restore one, but was saved without; "
             "pass `optimizer` to `save`, or leave it out here."
         )
-    lattice = lattice_of(model)
-    attached_here = lattice is None
+    before = lattice_of(model)
     try:
-        lattice = lattice or _rebuild(manifest["lattice"], model)
+        lattice = before or _rebuild(manifest["lattice"], model)
         own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        _require_fit(path, model, own)
+        _require_fit(path, model, lattice, own, manifest["lattice"])
+        own = _renumbered(model, own, manifest["lattice"])
+        growth = GrowthConfig.model_validate(manifest["lattice"]["growth"])
         if optimizer is not None:
-            _unpack_optimizer(optimizer, manifest["optimizer"], tensors)
-    except (ValueError, AttributeError) as error:
-        if attached_here and (half := lattice_of(model)) is not None:
+            _require_same_parameters(path, optimizer, model, manifest["optimizer"])
+    except (ValueError, AttributeError, UnknownNameError) as error:
+        if before is None and (half := lattice_of(model)) is not None:
             half.detach()
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} must fit the model, but: {error}") from error
-    model.load_state_dict(_renumbered(own, manifest["lattice"]))
+    model.load_state_dict(own)
+    lattice.growth = growth
     _restore(lattice, manifest["lattice"])
+    if optimizer is not None:
+        _unpack_optimizer(optimizer, manifest["optimizer"], tensors)
     return lattice
 
 
 def _describe(lattice: Lattice) -> dict[str, Any]:
-    sites = [
-        {
-            "sites": name if a.layer.geometry == "chunk" else _span_pattern(name),
-            "name": name,
-            "seeds_per_layer": a.layer.num_seeds,
-            "geometry": a.layer.geometry,
-            "hidden": a.layer.hidden if a.layer.geometry == "chunk" else None,
-            "channels": a.layer.channels,
-            "channel_axis": a.layer.channel_axis,
-            "steps": a.layer.steps,
-        }
-        for name, a in lattice.attached.items()
-    ]
     return {
-        "sites": sites,
+        "sites": [_describe_site(name, a.layer) for name, a in lattice.attached.items()],
+        "steps": [a.layer.steps for a in lattice.attached.values()],
         "blueprints": list(BLUEPRINTS),
         "grafts": list(GRAFTS),
         "growth": lattice.growth.model_dump(mode="json"),
         "seed": lattice.seed,
         "interval": lattice.interval,
-        "losses": lattice._losses,
+        "signals": dataclasses.asdict(lattice._signals),
         "grad_norms": lattice._grad_norms,
+    }
+
+
+def _describe_site(name: str, layer: KasminaLayer) -> dict[str, Any]:
+    return {
+        "name": name,
+        "seeds_per_layer": layer.num_seeds,
+        "geometry": layer.geometry,
+        "hidden": layer.hidden if layer.geometry == "chunk" else None,
+        "channels": layer.channels,
+        "channel_axis": layer.channel_axis,
     }
 
 
@@ -159,29 +131,38 @@ def _span_pattern(name: str) -> str:
 
 
 def _rebuild(saved: dict[str, Any], model: nn.Module) -> Lattice:
-    for name in saved["blueprints"]:
-        BLUEPRINTS[name]
-    lattice = None
+    lattice = Lattice(model)
     for site in saved["sites"]:
-        options = {k: v for k, v in site.items() if k not in ("name", "steps")}
-        lattice = attach(model, **options)
-    return lattice or Lattice(model)
+        options = {k: v for k, v in site.items() if k != "name"}
+        pattern = site["name"] if site["geometry"] == "chunk" else _span_pattern(site["name"])
+        lattice = attach(model, pattern, **options)
+    return lattice
 
 
 def _restore(lattice: Lattice, saved: dict[str, Any]) -> None:
-    lattice.growth = GrowthConfig.model_validate(saved["growth"])
     lattice.seed, lattice.interval = saved["seed"], saved["interval"]
-    lattice._losses, lattice._grad_norms = saved["losses"], saved["grad_norms"]
-    for site in saved["sites"]:
-        layer = lattice.layer(site["name"])
-        layer.steps = site["steps"]
+    lattice._signals = GraftSignals(**saved["signals"])
+    lattice._grad_norms = saved["grad_norms"]
+    for attached, steps in zip(lattice.attached.values(), saved["steps"], strict=True):
+        layer = attached.layer
+        layer.steps = steps
         layer.ramp_steps, layer.objective = lattice.growth.ramp_steps, lattice.growth.objective
+        layer.reset_telemetry()
     # checkpoints are made between intervals, so the drift counts from here
-    lattice._drift_base = None
-    lattice._drift()
+    lattice.restart_drift()
 
 
-def _require_fit(path: str | Path, model: nn.Module, saved: dict[str, Tensor]) -> None:
+def _require_fit(
+    path: str | Path, model: nn.Module, lattice: Lattice,
+    saved: dict[str, Tensor], lattice_saved: dict[str, Any],
+) -> None:  # fmt: skip
+    sites = [_describe_site(name, a.layer) for name, a in lattice.attached.items()]
+    if sites != lattice_saved["sites"]:
+        raise CheckpointError(
+            f"{path} must hold the model's own sites {[s['name'] for s in sites]}, but has "
+            f"{[s['name'] for s in lattice_saved['sites']]}, or with other sizes; "
+            "give a host without a lattice to have the saved one attached."
+        )
     own = model.state_dict()
     missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     shapes = [
@@ -197,25 +178,34 @@ def _require_fit(path: str | Path, model: nn.Module, saved: dict[str, Tensor]) -
         )
 
 
-def _renumbered(tensors: dict[str, Tensor], saved: dict[str, Any]) -> dict[str, Tensor]:
+def _renumbered(
+    model: nn.Module, tensors: dict[str, Tensor], saved: dict[str, Any]
+) -> dict[str, Tensor]:
     """Blueprint and graft ids are positions in a registry, which may differ in this process."""
-    from esper.seeds.state import BLUEPRINT, GRAFT
-
-    here = {BLUEPRINT: list(BLUEPRINTS), GRAFT: list(GRAFTS)}
-    there = {BLUEPRINT: saved["blueprints"], GRAFT: saved["grafts"]}
     result = dict(tensors)
-    for key, value in tensors.items():
-        if key.endswith(".state") and "kasmina" in key:
-            state = value.clone()
-            for column in (BLUEPRINT, GRAFT):
-                names = [there[column][int(i)] for i in state[:, column]]
-                ids = [here[column].index(n) for n in names]
-                state[:, column] = torch.tensor(ids, dtype=state.dtype)
-            result[key] = state
+    for path, module in model.named_modules():
+        if isinstance(module, KasminaLayer):
+            state = tensors[f"{path}.state"].clone()
+            for column, here, there in (
+                (BLUEPRINT, BLUEPRINTS, saved["blueprints"]),
+                (GRAFT, GRAFTS, saved["grafts"]),
+            ):
+                state[:, column] = _ids_here(state[:, column], here, there)
+            result[f"{path}.state"] = state
     return result
 
 
-def _pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, Tensor]]:
+def _ids_here(ids: Tensor, here: Registry[Any], there: list[str]) -> Tensor:
+    names = [there[i] for i in ids.tolist()]
+    for name in names:
+        here[name]
+    known = list(here)
+    return torch.tensor([known.index(n) for n in names], dtype=ids.dtype)
+
+
+def _pack_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module
+) -> tuple[Any, dict[str, Tensor]]:
     content = optimizer.state_dict()
     tensors, numbers = {}, {}
     for index, state in content["state"].items():
@@ -224,7 +214,36 @@ def _pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, Te
                 tensors[f"optimizer.{index}.{key}"] = value
             else:
                 numbers[f"{index}.{key}"] = value
-    return {"param_groups": content["param_groups"], "numbers": numbers}, tensors
+    packed = {
+        "class": type(optimizer).__name__,
+        "parameters": _parameter_names(optimizer, model),
+        "param_groups": content["param_groups"],
+        "numbers": numbers,
+    }
+    return packed, tensors
+
+
+def _parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str | None]]:
+    """Names of the optimizer's parameters by group; None for one that is not the model's."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _require_same_parameters(
+    path: str | Path, optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, Any]
+) -> None:
+    kind = type(optimizer).__name__
+    if kind != saved["class"]:
+        raise CheckpointError(
+            f"{path} must hold the state of the same kind of optimizer, but has that of a "
+            f"{saved['class']}, not {kind}; build that one, or leave `optimizer` out."
+        )
+    if _parameter_names(optimizer, model) != saved["parameters"]:
+        raise CheckpointError(
+            f"{path} must hold the state of an optimizer over the same parameters in the same "
+            "order and groups, but does not; attach the lattice before you build the optimizer, "
+            "and build it as it was when it was saved."
+        )
 
 
 def _unpack_optimizer(
@@ -236,67 +255,3 @@ def _unpack_optimizer(
         index, key = name.removeprefix("optimizer.").split(".", 1)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    manifest = _read_manifest(folder)
-    file = folder / Path(manifest["tensors"]).name
-    try:
-        payload = file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"{file} must be readable, but: {error.strerror}; restore the checkpoint's folder."
-        ) from None
-    digest = hashlib.sha256(payload).hexdigest()
-    if digest != manifest["tensors_sha256"]:
-        raise CheckpointError(
-            f"{file} must have sha256 {manifest['tensors_sha256']}, but has {digest}; "
-            "the file is damaged or truncated: take another copy."
-        )
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return manifest, {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} must be a safetensors file, but: {error}.") from None
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    file = folder / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} must be a checkpoint folder with a readable {MANIFEST}, but: {error}."
-        ) from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{file} must be written by esper.save, but is something else; nothing was touched."
-        )
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(
-            f"{file} must have version {VERSION}, but has {manifest.get('version')}; "
-            "load it with the Esper version that wrote it."
-        )
-    digest = manifest.pop("manifest_sha256", None)
-    if digest != _hash_json(manifest):
-        raise CheckpointError(
-            f"{file} must match its own sha256, but was changed or damaged; take another copy."
-        )
-    return manifest
-
-
-def _hash_json(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

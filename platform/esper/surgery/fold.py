@@ -6,10 +6,11 @@
 * A span over `first -> activation -> last` whose seeds compute that same activation **is** the
   same pair with a wider hidden layer.
 
-Blocks that torch.nn has no module for are traced into a `torch.fx.GraphModule`, so that the
-folded model needs no Esper to run, pickle or export.
+A chunk site and its block are written down as one `torch.fx.GraphModule` that takes what the
+site took, so that the folded model needs no Esper to run, pickle or export.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,7 @@ from esper.seeds.blueprints import BLUEPRINTS
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.state import GRAFTED_STAGES, STAGE
 from esper.surgery.lattice import Attached, Lattice
+from esper.surgery.sites import Site
 from esper_kernels import PHI, Phi
 
 _MODULES: dict[int, Callable[[], nn.Module]] = {
@@ -34,20 +36,19 @@ class FoldError(ValueError):
 
 
 class _Residual(nn.Module):
-    """`y = x + sum of blocks(x)` on any channel axis; traced, then forgotten."""
+    """`y + sum of blocks(y)` on any channel axis; traced, then forgotten."""
 
-    def __init__(self, site: nn.Module, blocks: nn.ModuleList, axis: int) -> None:
+    def __init__(self, blocks: nn.ModuleList, axis: int) -> None:
         super().__init__()
-        self.site, self.blocks, self.axis = site, blocks, axis
+        self.blocks, self.axis = blocks, axis
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.site(x)
+    def forward(self, y: Tensor) -> Tensor:
         rows = y if self.axis == -1 else y.movedim(self.axis, -1)
-        out = rows
         for block in self.blocks:
-            out = out + block(rows)
-        result: Tensor = out if self.axis == -1 else out.movedim(-1, self.axis)
-        return result
+            out = block(rows)
+            # added in the layout of y, which the host may rely on
+            y = y + (out if self.axis == -1 else out.movedim(-1, self.axis))
+        return y
 
 
 class _Affine(nn.Module):
@@ -74,14 +75,15 @@ class _Gated(nn.Module):
 
 
 class _Custom(nn.Module):
-    """A user's own function of the hidden units, recorded operation by operation."""
+    """A user's own function of each seed's hidden units, recorded operation by operation."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], hidden: int) -> None:
         super().__init__()
-        self.function = function
+        self.function, self.hidden = function, hidden
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.function(z)
+        # units last and seeds before them, since the function may mix the units of a seed
+        return self.function(z.unflatten(-1, (-1, self.hidden))).flatten(-2)
 
 
 def fold_model(lattice: Lattice) -> nn.Module:
@@ -91,39 +93,46 @@ def fold_model(lattice: Lattice) -> nn.Module:
         lattice: The handle; afterwards it is empty.
 
     Returns:
-        The same model object, or its replacement if the model itself was the site. It computes
-        what the model computed, up to rounding.
+        The same model object. It computes what it computed with the lattice, up to rounding.
 
     Raises:
-        FoldError: If a span's seeds have no plain equivalent; nothing is changed then.
+        FoldError: If seeds have no plain equivalent where they sit; nothing is changed then.
     """
     sites = [a for a in lattice.attached.values() if _grafted(a.layer)]
-    _require_separate(sites)
-    # spans first: they need the bare Linear modules that a chunk site's fold wraps
-    sites.sort(key=lambda a: a.layer.geometry == "chunk")
-    plans = [_plan(lattice.model, attached) for attached in sites]
+    _require_separate(lattice.model, sites)
+    plans = [_plan(lattice, attached) for attached in sites]
     model = lattice.detach()
-    for plan in plans:
-        plan()
+    for _, change in sorted(plans, key=lambda plan: plan[0]):
+        change()
     return model
 
 
+# Changes in the order in which they are possible: widening changes the shapes that rank-one
+# updates were planned for, and a chunk site's fold wraps a module.
+_RANK_ONE, _WIDEN, _WRAP = range(3)
+Plan = tuple[int, Callable[[], None]]
+
+
 def _grafted(layer: KasminaLayer) -> list[int]:
-    stages = layer.state[:, STAGE].tolist()
-    alphas = layer.alpha.tolist()
-    return [i for i, s in enumerate(stages) if s in GRAFTED_STAGES and alphas[i] > 0]
+    """Seeds that add something to the host's output."""
+    stages, alphas = layer.state[:, STAGE].tolist(), layer.alpha.tolist()
+    kinds = layer.phi.tolist()
+    return [
+        i
+        for i, stage in enumerate(stages)
+        if stage in GRAFTED_STAGES and alphas[i] > 0 and kinds[i] != Phi.ZERO
+    ]
 
 
-def _require_separate(sites: list[Attached]) -> None:
-    """A module may be in a span and a chunk site only if the chunks read the span's result."""
-    for i, chunk in enumerate(sites):
-        for j, span in enumerate(sites):
-            path = chunk.site.last
-            if chunk.layer.geometry == span.layer.geometry or chunk.layer.geometry != "chunk":
+def _require_separate(model: nn.Module, sites: list[Attached]) -> None:
+    """Chunks inside a span are refused, and at its end unless they read the span's result."""
+    for j, span in enumerate(sites):
+        for i, chunk in enumerate(sites):
+            if (chunk.layer.geometry, span.layer.geometry) != ("chunk", "span"):
                 continue
-            after = path == span.site.last and i > j
-            inside = path == span.site.first and span.site.first != span.site.last
-            if inside or (path == span.site.last and not after):
+            module = model.get_submodule(chunk.site.last)
+            *inside, last = _children_between(model, span.site)
+            if any(m is module for m in inside) or (module is last and i < j):
                 raise FoldError(
                     f"grafted seeds of '{chunk.site.name}' and '{span.site.name}' must not share "
                     "a module to be folded, unless the chunk site was attached last and sits at "
@@ -131,39 +140,89 @@ def _require_separate(sites: list[Attached]) -> None:
                 )
 
 
-def _plan(model: nn.Module, attached: Attached) -> Callable[[], None]:
-    """The change one site needs; made before anything is touched."""
+def _children_between(model: nn.Module, span: Site) -> list[nn.Module]:
+    """A span's modules, both ends included, in the order of their parent."""
+    parent, _, first = span.first.rpartition(".")
+    # not named_children: it leaves out what comes twice
+    children = model.get_submodule(parent)._modules
+    names = list(children)
+    i, j = names.index(first), names.index(span.last.rpartition(".")[2])
+    return [m for n in names[i : j + 1] if (m := children[n]) is not None]
+
+
+def _plan(lattice: Lattice, attached: Attached) -> Plan:
+    """The change that one site needs; made before anything is touched."""
     seeds = _grafted(attached.layer)
     if attached.layer.geometry == "chunk":
-        return lambda: _fold_chunk(model, attached, seeds)
-    return _plan_span(model, attached, seeds)
+        return _plan_chunk(lattice, attached, seeds)
+    return _plan_span(lattice.model, attached, seeds)
 
 
 @torch.no_grad()
-def _fold_chunk(model: nn.Module, attached: Attached, seeds: list[int]) -> None:
-    layer = attached.layer
+def _plan_chunk(lattice: Lattice, attached: Attached, seeds: list[int]) -> Plan:
+    layer, path = attached.layer, attached.site.last
+    site = lattice.model.get_submodule(path)
+    _require_wrappable(lattice.model, path)
     by_phi: dict[int, list[int]] = {}
     for seed in seeds:
         by_phi.setdefault(int(layer.phi[seed]), []).append(seed)
-    blocks = nn.ModuleList(
-        _chunk_block(layer, phi, group) for phi, group in by_phi.items() if phi != Phi.ZERO
-    )
-    site = model.get_submodule(attached.site.last)
-    residual = _Residual(site, blocks, layer.channel_axis)
-    plain = fx.GraphModule(residual, _trace(residual), class_name="FoldedSite")
-    _replace(model, attached.site.last, plain.train(site.training))
+    blocks = nn.ModuleList(_chunk_block(layer, phi, group) for phi, group in by_phi.items())
+    host = [*site.parameters(), *lattice.host_parameters()]
+    ours = {id(p) for p in lattice.parameters()}
+    dtypes = [p.dtype for p in host if id(p) not in ours and p.is_floating_point()]
+    blocks.to(dtypes[0] if dtypes else None)
+    try:
+        folded = _folded_site(site, _Residual(blocks, layer.channel_axis)).train(site.training)
+    # a user's own function or signature may break a trace in any way
+    except Exception as error:
+        raise FoldError(
+            f"'{path}' and its seeds must be traceable by torch.fx to be folded, but: {error}; "
+            "keep the lattice for this model."
+        ) from error
+    return _WRAP, lambda: _replace(lattice.model, site, folded)
+
+
+def _require_wrappable(model: nn.Module, path: str) -> None:
+    """torch's own composite modules read their children's attributes, and some give tuples."""
+    plain = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    parts = path.split(".")
+    site = model.get_submodule(path)
+    involved = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    if isinstance(site, nn.MultiheadAttention | nn.RNNBase):
+        involved.append(site)
+    for module in involved:
+        kind = type(module)
+        if kind.__module__.startswith("torch.nn.modules.") and not (
+            isinstance(module, plain) or kind is nn.Module
+        ):
+            raise FoldError(
+                f"the seeds of '{path}' must not sit on or in a {type(module).__name__} to be "
+                "folded, since it needs its own parts as they are; keep the lattice for this model."
+            )
+
+
+def _folded_site(site: nn.Module, residual: _Residual) -> fx.GraphModule:
+    """A module with the signature of `site` that also adds the blocks."""
+    traced = _LeafTracer().trace(residual)
+    graph = fx.Graph()
+    parameters = inspect.signature(site.forward).parameters.values()
+    if any(p.kind not in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY) for p in parameters):
+        raise TypeError("its forward takes a variable number of arguments or keyword-only ones")
+    inputs = tuple(graph.placeholder(p.name, default_value=p.default) for p in parameters)
+    y = graph.call_module("site", inputs)
+    own = next(n for n in traced.nodes if n.op == "placeholder")
+    # copied, because a traced graph remembers the class of its tracer, which is Esper's
+    graph.output(graph.graph_copy(traced, {own: y}))
+    root = nn.Module()
+    root.site, root.blocks = site, residual.blocks
+    return fx.GraphModule(root, graph, class_name="FoldedSite")
 
 
 class _LeafTracer(fx.Tracer):
     """Records our own small blocks, and keeps every other module as one call."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = (_Residual, _Affine, _Gated, _Custom, nn.ModuleList, nn.Sequential)
-        return module_qualified_name == "site" or not isinstance(m, ours)
-
-
-def _trace(residual: _Residual) -> fx.Graph:
-    return _LeafTracer().trace(residual)
+        return not isinstance(m, _Affine | _Gated | _Custom | nn.ModuleList | nn.Sequential)
 
 
 def _chunk_block(layer: KasminaLayer, phi: int, seeds: list[int]) -> nn.Module:
@@ -190,7 +249,7 @@ def _chunk_block(layer: KasminaLayer, phi: int, seeds: list[int]) -> nn.Module:
             _linear(w1[:, half:].flatten(0, 1), b1[:, half:].flatten()),
             _linear(w2[:, :, :half].flatten(1), None),
         )
-    act = _MODULES[phi]() if phi in _MODULES else _Custom(PHI[phi])
+    act = _MODULES[phi]() if phi in _MODULES else _Custom(PHI[phi], used)
     return nn.Sequential(_linear(w1.flatten(0, 1), b1.flatten()), act, _linear(w2.flatten(1), None))
 
 
@@ -204,18 +263,13 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _plan_span(model: nn.Module, attached: Attached, seeds: list[int]) -> Callable[[], None]:
+def _plan_span(model: nn.Module, attached: Attached, seeds: list[int]) -> Plan:
     layer, site = attached.layer, attached.site
-    first, last = model.get_submodule(site.first), model.get_submodule(site.last)
-    if not (isinstance(first, nn.Linear) and isinstance(last, nn.Linear)):
-        raise FoldError(
-            f"a span must begin and end at Linear modules to be folded, but '{site.name}' has "
-            f"{type(first).__name__} and {type(last).__name__}; keep the lattice for this site."
-        )
-    kinds = {int(p) for p in layer.phi[seeds]} - {int(Phi.ZERO)}
-    if first is last and kinds <= {int(Phi.IDENTITY)}:
-        return lambda: _add_rank_ones(last, layer, seeds)
-    activation = _activation_between(model, site.first, site.last)
+    first, last = _own_linear(model, site.first), _own_linear(model, site.last)
+    kinds = {int(p) for p in layer.phi[seeds]}
+    if first is last and kinds == {int(Phi.IDENTITY)}:
+        return _RANK_ONE, lambda: _add_rank_ones(last, layer, seeds)
+    activation = _activation_between(model, site)
     if activation is None or kinds != {activation}:
         names = sorted(n for n in BLUEPRINTS if BLUEPRINTS[n].phi in kinds)
         raise FoldError(
@@ -223,61 +277,85 @@ def _plan_span(model: nn.Module, attached: Attached, seeds: list[int]) -> Callab
             f"into a wider layer, but they are {', '.join(names)}; the span must read "
             "first -> activation -> last in one Sequential, with that activation's blueprint."
         )
-    return lambda: _widen(model, attached, seeds)
+    return _WIDEN, lambda: _widen(first, last, layer, seeds)
 
 
-def _activation_between(model: nn.Module, first: str, last: str) -> int | None:
+def _own_linear(model: nn.Module, path: str) -> nn.Linear:
+    """The Linear module at an end of a span, if its weights may be changed for it alone.
+
+    Raises:
+        FoldError: If it is another kind of module, computes its weight from something else, or
+            shares itself or its weights with another place of the model.
+    """
+    module = model.get_submodule(path)
+    # no subclasses: what they compute is not known; a weight that is no parameter is computed
+    if type(module) is not nn.Linear or "weight" not in module._parameters:
+        raise FoldError(
+            f"a span must begin and end at plain Linear modules to be folded, but '{path}' is a "
+            f"{type(module).__name__}; keep the lattice for this site."
+        )
+    places = [m for parent in model.modules() for m in parent._modules.values() if m is module]
+    owned = {id(p) for p in module._parameters.values() if p is not None}
+    uses = [p for m in model.modules() for p in m._parameters.values() if id(p) in owned]
+    if len(places) > 1 or len(uses) > len(owned):
+        raise FoldError(
+            f"'{path}' must share no weights with another place of the model to be folded, "
+            "but does; keep the lattice for this site."
+        )
+    return module
+
+
+def _activation_between(model: nn.Module, span: Site) -> int | None:
     """Code of the one activation between two children of a Sequential; None otherwise."""
-    parent = model.get_submodule(first.rpartition(".")[0])
-    if not isinstance(parent, nn.Sequential):
+    parent = model.get_submodule(span.first.rpartition(".")[0])
+    if type(parent).forward is not nn.Sequential.forward:
         return None
-    names = [n for n, _ in parent.named_children()]
-    i, j = (names.index(path.rpartition(".")[2]) for path in (first, last))
-    between = [parent[k] for k in range(i + 1, j)]
+    between = _children_between(model, span)[1:-1]
     if len(between) != 1:
         return None
-    kinds = {nn.ReLU: Phi.RELU, nn.SiLU: Phi.SILU, nn.Identity: Phi.IDENTITY}
     if isinstance(between[0], nn.GELU):
         return int(Phi.GELU) if between[0].approximate == "none" else None
+    kinds = {nn.ReLU: Phi.RELU, nn.SiLU: Phi.SILU, nn.Identity: Phi.IDENTITY}
     found = kinds.get(type(between[0]))
     return None if found is None else int(found)
 
 
 @torch.no_grad()
 def _add_rank_ones(linear: nn.Linear, layer: KasminaLayer, seeds: list[int]) -> None:
-    alpha = layer.alpha[seeds].to(layer.w_out.dtype)
-    used = layer.phi[seeds] != Phi.ZERO
-    out = layer.w_out[seeds] * (alpha * used)[:, None]
+    out = _outgoing(layer, seeds)
     linear.weight += (out.t() @ layer.w_in[seeds]).to(linear.weight.dtype)
     shift = (layer.bias[seeds] @ out).to(linear.weight.dtype)
     if linear.bias is None:
-        linear.bias = nn.Parameter(shift)
+        linear.bias = nn.Parameter(shift, linear.weight.requires_grad)
     else:
         linear.bias.add_(shift)
 
 
 @torch.no_grad()
-def _widen(model: nn.Module, attached: Attached, seeds: list[int]) -> None:
-    layer, site = attached.layer, attached.site
-    first, last = model.get_submodule(site.first), model.get_submodule(site.last)
-    assert isinstance(first, nn.Linear)
-    assert isinstance(last, nn.Linear)
-    alpha = layer.alpha[seeds].to(layer.w_out.dtype)
+def _widen(first: nn.Linear, last: nn.Linear, layer: KasminaLayer, seeds: list[int]) -> None:
     bias = first.bias if first.bias is not None else first.weight.new_zeros(first.out_features)
     # a neighbouring span may have widened these modules already: its units are not connected
     new_in = _pad(layer.w_in[seeds].to(first.weight.dtype), first.in_features)
-    new_out = _pad((layer.w_out[seeds] * alpha[:, None]).to(last.weight.dtype), last.out_features)
+    new_out = _pad(_outgoing(layer, seeds).to(last.weight.dtype), last.out_features)
     w_in = torch.cat([first.weight, new_in])
     b_in = torch.cat([bias, layer.bias[seeds].to(bias.dtype)])
-    first.weight, first.bias = nn.Parameter(w_in), nn.Parameter(b_in)
-    last.weight = nn.Parameter(torch.cat([last.weight, new_out.t()], dim=1))
-    first.out_features, last.in_features = w_in.shape[0], last.weight.shape[1]
+    w_out = torch.cat([last.weight, new_out.t()], dim=1)
+    first.weight, first.bias = (nn.Parameter(w, first.weight.requires_grad) for w in (w_in, b_in))
+    last.weight = nn.Parameter(w_out, last.weight.requires_grad)
+    first.out_features, last.in_features = len(w_in), w_out.shape[1]
+
+
+def _outgoing(layer: KasminaLayer, seeds: list[int]) -> Tensor:
+    """Outgoing weights of span seeds times their alpha, `[n, O]`."""
+    return layer.w_out[seeds] * layer.alpha[seeds, None].to(layer.w_out.dtype)
 
 
 def _pad(rows: Tensor, width: int) -> Tensor:
     return nn.functional.pad(rows, (0, width - rows.shape[1]))
 
 
-def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    model.get_submodule(parent).register_module(name, new)
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, wherever the model has it."""
+    places = [(m, n) for m in model.modules() for n, child in m._modules.items() if child is old]
+    for parent, name in places:
+        parent.register_module(name, new)

@@ -1,27 +1,27 @@
 """The lattice: one handle on all seeds of a model, and `attach`, which makes it."""
 
-import dataclasses
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TypeVar
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from esper.config.run import GrowthConfig
 from esper.seeds.actions import Action, Germinate
 from esper.seeds.blueprints import BLUEPRINTS, Geometry
-from esper.seeds.grafting import GraftSignals
+from esper.seeds.grafting import GRAFTS, GraftSignals
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.lifecycle import Transition, advance
 from esper.seeds.report import Report, SiteReport
-from esper.seeds.state import AWAKE_STAGES, SeedState, Stage
+from esper.seeds.state import AWAKE_STAGES, BLUEPRINT, EPOCHS, STAGE, SeedState, Stage
 from esper.surgery.sites import Site, find_sites, input_features, output_channels
 
-H = TypeVar("H", bound=nn.Module)
 # held-out losses: one number a sample (its standard error is then known), or their mean
 Evaluate = Callable[[], Tensor | float]
 _HANDLE = "_esper_lattice"
@@ -31,10 +31,15 @@ DRIFT_SAMPLES = 4096
 
 @dataclass(frozen=True)
 class Attached:
-    """One site with its layer."""
+    """One site with its layer, and the hooks that run it.
+
+    The handles are kept because a copy or a pickle keeps the hooks apart from later ones
+    only with them.
+    """
 
     site: Site
     layer: KasminaLayer
+    hooks: tuple[RemovableHandle, ...]
 
 
 class Lattice:
@@ -58,9 +63,8 @@ class Lattice:
         self.interval = 0
         self.log: list[Transition] = []
         self.attached: dict[str, Attached] = {}
-        self._losses: list[float | None] = [None, None]
+        self._signals = GraftSignals()
         self._grad_norms: list[float] = []
-        self._last: Report | None = None
         self._drift_base: list[Tensor] | None = None
 
     def layer(self, site: str) -> KasminaLayer:
@@ -85,12 +89,16 @@ class Lattice:
 
     def count_parameters(self) -> int:
         """Parameters of the host and of every awake seed, by its blueprint."""
+        blueprints = [BLUEPRINTS[name] for name in BLUEPRINTS]
         return sum(p.numel() for p in self.host_parameters()) + sum(
-            layer.seed_parameters(BLUEPRINTS[tuple(BLUEPRINTS)[state.blueprint_id]])
+            number * layer.seed_parameters(blueprints[kind])
             for layer in self._layers()
-            for state in layer.states()
-            if state.stage in AWAKE_STAGES
+            for kind, number in Counter(layer.state[_awake(layer), BLUEPRINT].tolist()).items()
         )
+
+    def count_awake(self) -> int:
+        """Seeds that are awake, over all sites."""
+        return sum(int(_awake(layer).sum()) for layer in self._layers())
 
     @property
     def steps(self) -> int:
@@ -113,10 +121,11 @@ class Lattice:
             ValueError: If seeds should have learned but no optimizer holds their parameters.
         """
         self._require_moving()
+        loss = None if loss is None else float(loss)
+        held_out = self._evaluate(evaluate)
         self.interval += 1
         for layer in self._layers():
-            layer.write_states(_aged(layer.states()))
-        held_out = self._evaluate(evaluate)
+            layer.state[:, EPOCHS] += layer.state[:, STAGE] != Stage.DORMANT
         sites = tuple(
             self._site_report(name, a.layer, evaluate, held_out)
             for name, a in self.attached.items()
@@ -124,23 +133,27 @@ class Lattice:
         grad_norm = self._grad_norm()
         if grad_norm is not None:
             self._grad_norms = [*self._grad_norms[-30:], grad_norm]
-        self._losses = [self._losses[-1], loss]
-        host = sum(p.numel() for p in self.host_parameters())
-        self._last = Report(
+        self._signals = GraftSignals(
+            loss=loss,
+            previous_loss=self._signals.loss,
+            host_drift_frac=self._drift(),
+            grad_norm=grad_norm,
+            median_grad_norm=median(self._grad_norms) if self._grad_norms else None,
+        )
+        for layer in self._layers():
+            layer.reset_telemetry()
+        return Report(
             interval=self.interval,
             step=self.steps,
             loss=loss,
             held_out_loss=None if held_out is None else float(held_out.mean()),
             grad_norm=grad_norm,
-            host_drift_frac=self._drift(),
-            host_parameters=host,
+            host_drift_frac=self._signals.host_drift_frac,
+            host_parameters=sum(p.numel() for p in self.host_parameters()),
             parameters=self.count_parameters(),
             growth=self.growth,
             sites=sites,
         )
-        for layer in self._layers():
-            layer.reset_telemetry()
-        return self._last
 
     def apply(self, actions: Sequence[Action] = ()) -> list[Transition]:
         """Apply the actions in order; all are checked before anything changes.
@@ -153,8 +166,27 @@ class Lattice:
 
         Raises:
             IllegalTransitionError: If a seed's stage does not allow its action.
-            ValueError: If a site or seed does not exist or a blueprint does not fit.
+            ValueError: If a site or seed does not exist, a blueprint does not fit, or a graft
+                strategy needs a signal that the last report did not measure.
         """
+        transitions = self.check(actions)
+        changed = dict.fromkeys(t.action.site for t in transitions)
+        for site in changed:
+            states = self.layer(site).states()
+            for t in transitions:
+                if t.action.site == site:
+                    states[t.action.seed] = t.after
+            self.layer(site).write_states(states)
+        for t in transitions:
+            self._enter(t)
+        for layer in self._layers():
+            if layer.ramping.any():
+                layer.set_paces(self._signals, self.growth)
+        self.log += transitions
+        return transitions
+
+    def check(self, actions: Sequence[Action]) -> list[Transition]:
+        """The transitions that `apply` would make; raises what it would raise."""
         states = {name: a.layer.states() for name, a in self.attached.items()}
         transitions = []
         for action in actions:
@@ -170,12 +202,9 @@ class Lattice:
                 BLUEPRINTS[action.blueprint].require(layer.geometry, layer.hidden)
             states[action.site][action.seed] = after
             transitions.append(Transition(self.interval, self.steps, action, before, after))
-        for name, rows in states.items():
-            self.layer(name).write_states(rows)
-        for t in transitions:
-            self._enter(t)
-        self._set_paces()
-        self.log += transitions
+        grafts = [GRAFTS[name] for name in GRAFTS]
+        for state in (s for rows in states.values() for s in rows if s.stage is Stage.GRAFTING):
+            grafts[state.graft_id].pace(self._signals, self.growth)
         return transitions
 
     def plant(self, site: str, seed: int, blueprint: str) -> None:
@@ -189,6 +218,10 @@ class Lattice:
         """
         layer = self.layer(site)
         states = layer.states()
+        if not 0 <= seed < layer.num_seeds:
+            raise ValueError(
+                f"seed of site '{site}' must be in 0..{layer.num_seeds - 1}, but got {seed}."
+            )
         if states[seed].stage is not Stage.DORMANT:
             raise ValueError(
                 f"seed {seed} of '{site}' must be DORMANT to be planted, "
@@ -211,11 +244,23 @@ class Lattice:
     def detach(self) -> nn.Module:
         """Remove the lattice and all its seeds; the host is as it would be without them."""
         for attached in self.attached.values():
-            _unhook(self.model, attached)
+            for hook in attached.hooks:
+                hook.remove()
+        ours = {id(layer) for layer in self._layers()}
+        for module in list(self.model.modules()):
+            for name in [n for n, child in module.named_children() if id(child) in ours]:
+                delattr(module, name)
         self.attached.clear()
         if _HANDLE in self.model.__dict__:
             delattr(self.model, _HANDLE)
         return self.model
+
+    def restart_drift(self) -> None:
+        """Measure the host's drift from its present weights on, after they were replaced."""
+        self._drift_base = None
+        # it is measured from report to report, so before the first there is none
+        if self.interval:
+            self._drift()
 
     def _layers(self) -> list[KasminaLayer]:
         return [a.layer for a in self.attached.values()]
@@ -223,7 +268,7 @@ class Lattice:
     def _enter(self, transition: Transition) -> None:
         action, after = transition.action, transition.after
         layer = self.layer(action.site)
-        layer.on_enter(action.seed, after, self._losses[-1])
+        layer.on_enter(action.seed, after, self._signals.loss)
         if after.stage is Stage.GERMINATED:
             layer.initialise(action.seed, self._generator(action.site, action.seed))
 
@@ -231,19 +276,6 @@ class Lattice:
         # a function of where and when, so that a resumed run draws the same weights
         key = f"{self.seed}|{site}|{seed}|{self.interval}".encode()
         return torch.Generator().manual_seed(zlib.crc32(key))
-
-    def _set_paces(self) -> None:
-        if self._last is None:
-            return
-        signals = GraftSignals(
-            loss=self._losses[1],
-            previous_loss=self._losses[0],
-            host_drift_frac=self._last.host_drift_frac,
-            grad_norm=self._last.grad_norm,
-            median_grad_norm=median(self._grad_norms) if self._grad_norms else None,
-        )
-        for layer in self._layers():
-            layer.set_paces(signals, self.growth)
 
     def _require_moving(self) -> None:
         for name, attached in self.attached.items():
@@ -268,7 +300,7 @@ class Lattice:
         fitting = {
             n: layer.seed_parameters(BLUEPRINTS[n])
             for n in BLUEPRINTS
-            if layer.geometry in BLUEPRINTS[n].geometries
+            if BLUEPRINTS[n].fits(layer.geometry, layer.hidden)
         }
         return SiteReport(
             name=name, geometry=layer.geometry, **ints, **columns,
@@ -291,20 +323,22 @@ class Lattice:
     def _evaluate(self, evaluate: Evaluate | None) -> Tensor | None:
         if evaluate is None:
             return None
-        was_training = self.model.training
+        modes = [(m, m.training) for m in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad():
                 losses = torch.as_tensor(evaluate(), dtype=torch.float64)
         finally:
-            self.model.train(was_training)
+            # each its own: a host may keep some of its modules in eval mode while it trains
+            for module, mode in modes:
+                module.training = mode
         return losses.detach().cpu().reshape(-1)
 
     def _grad_norm(self) -> float | None:
         grads = [p.grad for p in self.host_parameters() if p.grad is not None]
         if not grads:
             return None
-        return float(torch.stack([g.norm() for g in torch._foreach_norm(grads)]).norm())
+        return float(nn.utils.get_total_norm(grads))
 
     def _drift(self) -> float | None:
         """Relative change since the last report, on evenly spaced weights of each tensor."""
@@ -315,6 +349,8 @@ class Lattice:
         before, self._drift_base = self._drift_base, now
         if before is None:
             return None
+        # the model may have been moved to another device or dtype since
+        before = [b.to(a) for a, b in zip(now, before, strict=True)]
         moved = sum(float((a - b).square().sum()) for a, b in zip(now, before, strict=True))
         size = sum(float(b.square().sum()) for b in before)
         return math.sqrt(moved / size) if size else None
@@ -355,6 +391,8 @@ def attach(
         ValueError: If nothing matches, a site has a lattice already, or sizes do not fit;
             the model is then unchanged.
     """
+    if geometry not in get_args(Geometry):
+        raise ValueError(f"geometry must be 'chunk' or 'span', but got '{geometry}'.")
     lattice = lattice_of(model) or Lattice(model)
     found = find_sites(model, sites, geometry)
     layers = [
@@ -363,8 +401,7 @@ def attach(
     ]
     # everything fits: only now is the model touched
     for site, layer in zip(found, layers, strict=True):
-        _hook(model, site, layer)
-        lattice.attached[site.name] = Attached(site, layer)
+        lattice.attached[site.name] = _hook(model, site, layer)
     lattice.growth = growth or lattice.growth
     lattice.seed = lattice.seed if seed is None else seed
     for layer in lattice._layers():
@@ -380,11 +417,10 @@ def lattice_of(model: nn.Module) -> Lattice | None:
     return handle if isinstance(handle, Lattice) else None
 
 
-def _aged(states: list[SeedState]) -> list[SeedState]:
-    return [
-        s if s.stage is Stage.DORMANT else dataclasses.replace(s, epochs=s.epochs + 1)
-        for s in states
-    ]
+def _awake(layer: KasminaLayer) -> Tensor:
+    """Mask of the awake seeds, `[S]`."""
+    stages = layer.state[:, STAGE]
+    return torch.isin(stages, torch.tensor(sorted(AWAKE_STAGES), device=stages.device))
 
 
 def _make_layer(
@@ -396,6 +432,12 @@ def _make_layer(
             f"sites must have no lattice yet, but '{site.name}' has one; attach once a site."
         )
     last = model.get_submodule(site.last)
+    if _owner(last) is None or type(last).forward is nn.Module.forward:
+        raise ValueError(
+            f"sites must be modules that compute something, but '{site.last}' is "
+            f"{'an empty' if _owner(last) is None else 'a'} {type(last).__name__}; "
+            "name the modules inside it or around it."
+        )
     known = output_channels(last)
     if channels is None and known is None:
         raise ValueError(
@@ -419,29 +461,19 @@ def _make_layer(
     return layer.train(last.training)
 
 
-def _owner(module: nn.Module) -> nn.Module:
+def _owner(module: nn.Module) -> nn.Module | None:
     """Where the layer is registered: a container would run it, or index it, as its own child."""
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return next(m for m in module.modules() if not isinstance(m, containers))
+    return next((m for m in module.modules() if not isinstance(m, containers)), None)
 
 
-def _hook(model: nn.Module, site: Site, layer: KasminaLayer) -> None:
+def _hook(model: nn.Module, site: Site, layer: KasminaLayer) -> Attached:
     last, first = model.get_submodule(site.last), model.get_submodule(site.first)
     owner = _owner(last)
+    assert owner is not None
     taken = sum(name.startswith("kasmina") for name, _ in owner.named_children())
     owner.add_module(f"kasmina_{taken}" if taken else "kasmina", layer)
+    hooks = [last.register_forward_hook(layer.graft_output)]
     if layer.geometry == "span":
-        first.register_forward_pre_hook(layer.capture_source)
-    last.register_forward_hook(layer.graft_output)
-
-
-def _unhook(model: nn.Module, attached: Attached) -> None:
-    layer, site = attached.layer, attached.site
-    for path in {site.first, site.last}:
-        module = model.get_submodule(path)
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [k for k, h in hooks.items() if getattr(h, "__self__", None) is layer]:
-                del hooks[key]
-    owner = _owner(model.get_submodule(site.last))
-    for name in [n for n, m in owner.named_children() if m is layer]:
-        delattr(owner, name)
+        hooks.append(first.register_forward_pre_hook(layer.capture_source))
+    return Attached(site, layer, tuple(hooks))

@@ -1,5 +1,6 @@
 """Hosts: the networks that runs start from. Your own comes in by its import path."""
 
+import inspect
 from collections import OrderedDict
 from importlib import import_module
 from typing import Any, Literal
@@ -69,6 +70,11 @@ class Conv1dNet(Host):
         length = data.inputs
         for kernel, padding in ((5, 1), (3, 1), (3, 1)):
             length = (length + 2 * padding - kernel) // 2 + 1
+        if length < 1:
+            raise ValueError(
+                f"host must fit the task's inputs, but 'conv1d' needs more than {data.inputs} "
+                "of them; choose another host."
+            )
         return nn.Sequential(OrderedDict([
             ("signal", nn.Unflatten(1, (1, data.inputs))),
             ("conv1", nn.Conv1d(1, c, 5, stride=2, padding=1)), ("act1", nn.ReLU()),
@@ -89,7 +95,8 @@ class Factory(Host):
         """Whatever the function returns.
 
         Raises:
-            ValueError: If the function cannot be imported or returns no module.
+            ValueError: If the function cannot be imported, does not take the arguments, or
+                returns no module.
         """
         module, _, name = self.path.partition(":")
         try:
@@ -98,6 +105,13 @@ class Factory(Host):
             raise ValueError(
                 f"host.options.path must be importable, but '{self.path}' is not: {error}; "
                 "install the package or run from the folder that holds it."
+            ) from None
+        try:
+            inspect.signature(function).bind(**self.arguments)
+        except TypeError as error:
+            raise ValueError(
+                f"host.options.arguments must fit '{self.path}', but: {error}; "
+                "give the arguments that it takes."
             ) from None
         model = function(**self.arguments)
         if not isinstance(model, nn.Module):

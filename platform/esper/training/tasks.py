@@ -47,6 +47,11 @@ class TaskData:
         """Loss of each sample, `[N]`: nats, or the mean square over the outputs."""
         if self.kind == "classification":
             return F.cross_entropy(outputs, targets, reduction="none")
+        if outputs.shape != targets.shape:
+            raise ValueError(
+                f"the host's outputs must have the targets' shape {tuple(targets.shape)}, "
+                f"but have {tuple(outputs.shape)}; change the host."
+            )
         return (outputs - targets).square().flatten(1).mean(1)
 
     def metrics(self, name: str, outputs: Tensor, targets: Tensor) -> dict[str, float]:

@@ -118,16 +118,21 @@ class Trainer:
         """
         steps = steps or self.config.interval_steps
         self.model.train()
-        if self.cost.flops_per_step is None:
-            self.cost.flops_per_step = self._count_flops()
+        # the last step is counted, since a graft that begins now computes nothing in the first
+        timed = steps - (self.cost.flops_per_step is None)
         total = torch.zeros((), device=self._train[0].device)
         started = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(timed):
             total += self._step()
+        total.item()  # waits for the device
+        # counting takes longer than a step does, so that step is taken to last as the others
+        self.cost.seconds += (time.perf_counter() - started) * steps / max(timed, 1)
+        if timed < steps:
+            total += self._counted_step()
         self.step += steps
-        loss = float(total) / steps
-        self.cost.seconds += time.perf_counter() - started
+        assert self.cost.flops_per_step is not None
         self.cost.flops += steps * self.cost.flops_per_step
+        loss = float(total) / steps
         if not math.isfinite(loss):
             raise CollapseError(self.step, f"training loss {loss}")
         report = self.lattice.report(loss, self._held_out_losses)
@@ -145,13 +150,18 @@ class Trainer:
 
         Returns:
             The transitions.
+
+        Raises:
+            ValueError: As `Lattice.apply` does; nothing is changed then.
         """
         if any(isinstance(a, Rollback) for a in actions):
+            self.lattice.check(actions)
             stages = {name: a.layer.states() for name, a in self.lattice.attached.items()}
             self._restore(self._checkpoint)
             # weights go back; the lifecycle does not, or the seed's failure would be forgotten
             for name, states in stages.items():
                 self.lattice.layer(name).write_states(states)
+            self.lattice.restart_drift()
         transitions = self.lattice.apply(actions)
         if transitions:
             self.cost.flops_per_step = None
@@ -189,16 +199,12 @@ class Trainer:
         rows = rows.to(x.device)
         return x[rows], y[rows]
 
-    def _count_flops(self) -> float:
-        """Operations of one forward and backward pass of a batch; leaves no trace."""
-        x, y = (t[: self._batch] for t in self._train)
-        with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
-            loss = self.data.losses(self.model(x), y).mean()
-            params = [p for p in self.model.parameters() if p.requires_grad]
-            torch.autograd.grad(loss, params, allow_unused=True)
-        for attached in self.lattice.attached.values():
-            attached.layer.reset_telemetry()
-        return float(counter.get_total_flops())
+    def _counted_step(self) -> Tensor:
+        """A training step whose floating point operations are counted."""
+        with FlopCounterMode(display=False) as counter:
+            loss = self._step()
+        self.cost.flops_per_step = float(counter.get_total_flops())
+        return loss
 
     def _snapshot(self) -> Checkpoint:
         return Checkpoint(

@@ -1,0 +1,148 @@
+"""The commands as a user types them, each in a process of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors import safe_open
+
+ROOT = Path(__file__).parents[3]
+CONFIG = {
+    "task": {"name": "spirals", "options": {"train_samples": 200}},
+    "host": {"name": "mlp", "options": {"hidden": [4]}},
+    "train": {"steps": 200, "batch_size": 32, "learning_rate": 0.01, "interval_steps": 50},
+    "lattice": [{"sites": "fc1", "seeds_per_layer": 2, "hidden": 2}],
+    "controller": {"name": "schedule", "options": {"at_intervals": [1]}},
+}
+
+
+def esper(*arguments, cwd):
+    script = "from esper_experiments.entry import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def test_help_names_every_command_and_exit_code_at_once(tmp_path):
+    started = time.monotonic()
+    done = esper("--help", cwd=tmp_path)
+    # 0.2 s when the machine is idle; importing torch alone would take longer than this
+    assert time.monotonic() - started < 1.2
+    assert done.returncode == 0
+    for word in ("ab", "run", "ui", "doctor", "UNHEALTHY", "interrupted"):
+        assert word in done.stdout
+
+
+def test_run_trains_logs_saves_and_writes_json(tmp_path, config):
+    done = esper("run", config, "--seed", "3", "--save", "out", "--json", "r.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "step 200" in done.stdout
+    assert "test_accuracy" in done.stdout
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["seed"] == 3
+    assert result["metrics"]["steps"] == 200
+    assert result["mlflow_run_id"] in done.stdout
+    assert (tmp_path / "mlflow.db").exists()
+    (tensors,) = (tmp_path / "out").glob("tensors-*.safetensors")
+    with safe_open(tensors, framework="pt") as file:
+        assert "model.fc1.kasmina.w_in" in set(file.keys())
+
+
+def test_a_run_that_collapses_says_so_and_is_recorded(tmp_path, config):
+    wild = {**CONFIG, "train": {**CONFIG["train"], "learning_rate": 1e38, "optimizer": "sgd"}}
+    config.write_text(yaml.safe_dump(wild))
+    done = esper("run", config, "--json", "r.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the run collapsed: training loss" in done.stdout
+    assert json.loads((tmp_path / "r.json").read_text())["status"] == "collapsed"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: {name: spirals}\ntask: {name: digits}\n", "must be given once"),
+        ("steps: [", "must be YAML"),
+        ("just words", "must hold keys and values"),
+        ("task: {name: spirals}\n", "host must be given, but is missing"),
+        ("growth: {ramp_step: 3}\n", "did you mean 'ramp_steps'?"),
+        ("train: {steps: many}\n", "train.steps must be a valid integer"),
+    ],
+)
+def test_a_wrong_config_is_refused_with_its_path_and_rule(tmp_path, config, text, message):
+    config.write_text(text)
+    done = esper("run", config, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.yaml"]
+
+
+def test_a_missing_config_is_named(tmp_path):
+    done = esper("ab", "nowhere.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "nowhere.yaml" in done.stderr
+    assert "No such file" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/runs/*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_run_builds(path):
+    from esper.config.run import load_run
+    from esper.environment import fingerprint
+    from esper.evidence.records import Fingerprint
+    from esper.trial import Trial, TrialSpec
+
+    spec = TrialSpec(path.stem, 0, 0, 0, "none", Fingerprint(**fingerprint("cpu")))
+    trial = Trial(load_run(path), spec)
+    trial.run_for(0.0)
+    assert trial.curves["step"] == [load_run(path).train.interval_steps]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/sweeps/*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_sweep_builds(path):
+    from esper.config.sweep import load_sweep
+    from esper_experiments.sweep import check
+
+    check(load_sweep(path))
+
+
+@pytest.mark.slow
+def test_ui_serves_mlflow_on_loopback(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = "from esper_experiments.entry import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "ui", "--port", str(port)],
+        cwd=tmp_path, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as page:
+                    assert page.status == 200
+                    break
+            except OSError:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)
