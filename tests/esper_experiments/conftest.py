@@ -20,7 +20,7 @@ TINY = {
             "steps": 600, "batch_size": 64, "learning_rate": 0.01, "interval_steps": 50,
         },
         "lattice": [{"sites": "fc1", "seeds_per_layer": 4, "hidden": 4}],
-        "growth": {"ramp_steps": 50, "min_gain": -1e9},
+        "growth": {"ramp_steps": 50, "min_gain": -1e9, "min_explained_frac": -1e9},
     },
     "arms": {
         "host": {"lattice": []},

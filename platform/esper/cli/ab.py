@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -110,7 +111,7 @@ def show(console: Console, sweep: SweepConfig, result: "SweepResult") -> None:
             f"{'' if verdict is result.verdicts[0] else '  (secondary)'}"
         )
         for reason in verdict.reasons:
-            console.print(f"    {reason}", highlight=False)
+            console.print(f"    {reason}", highlight=False, soft_wrap=True)
     t = result.timing
     if t.trials:
         console.print(
@@ -120,21 +121,23 @@ def show(console: Console, sweep: SweepConfig, result: "SweepResult") -> None:
     q = result.registration
     console.print(
         f"question registered {q.registered_at:%Y-%m-%d %H:%M:%S} UTC, sha256 "
-        f"{q.registration_hash[:16]}; evidence and pictures: {result.folder}"
+        f"{q.registration_hash[:16]}; evidence and pictures: {result.folder}",
+        soft_wrap=True,
     )
     console.print(
         f"MLflow run {result.mlflow_run_id} in {sweep.mlflow.tracking_uri}; "
-        f"see it with: esper ui --tracking-uri {sweep.mlflow.tracking_uri}"
+        f"see it with: esper ui --tracking-uri {sweep.mlflow.tracking_uri}",
+        soft_wrap=True,
     )
 
 
 def _arms_table(sweep: SweepConfig, result: "SweepResult") -> Table:
     metric = sweep.question.metric
-    table = Table(title=f"{sweep.name}: {metric} over {sweep.pairs} pairs", title_justify="left")
-    table.add_column("arm")
-    heads = ("mean", "sd", "worst", "parameters", "steps", "training MFLOP", "train s", "collapsed")
-    for head in heads:
-        table.add_column(head, justify="right")
+    title = f"{sweep.name}: {metric} over {sweep.pairs} pairs"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("arm", no_wrap=True)
+    for head in ("mean", "sd", "worst", "params", "steps", "MFLOP", "train s", "collapsed"):
+        table.add_column(head, justify="right", no_wrap=True)
     for name, arm in result.arms.items():
         table.add_row(
             name, _figure(arm.mean), _figure(arm.sd), _figure(arm.worst),
