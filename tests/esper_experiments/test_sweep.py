@@ -170,3 +170,14 @@ def test_an_unreachable_mlflow_is_refused_with_status_3_before_any_trial(make_sw
     assert done.returncode == 3
     assert "must be reachable" in done.stdout
     assert not sweep.records()
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_when_nobody_reads_its_output(make_sweep):
+    sweep = make_sweep(pairs=2)
+    process = sweep.start()
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait(timeout=200)
+    assert len(sweep.records()) == 8
+    assert sweep.result()["pairs"] == 2

@@ -1,6 +1,8 @@
 """`esper ab`: progress while the sweep runs, then the table, the verdicts and where to look."""
 
 import json
+import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,17 +95,27 @@ class _Progress(Watcher):
         self._bar.update(self._task, advance=1, left=f"about {left:.0f} s left")
         if not self._console.is_terminal:
             value = record.metrics[self._metric]
-            print(
+            _say(
                 f"[{self._before + self._done}/{self._total}] {record.trial_id}: "
                 f"{self._metric} {value:.4g}, {record.metrics['parameters']:.0f} parameters, "
-                f"{record.metrics['train_seconds']:.1f} s; about {left:.0f} s left",
-                flush=True,
+                f"{record.metrics['train_seconds']:.1f} s; about {left:.0f} s left"
             )
+
+
+def _say(line: str) -> None:
+    """Print a line; a sweep goes on when nobody reads any more, as in `esper ab ... | head`."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show(console: Console, sweep: SweepConfig, result: "SweepResult") -> None:
     """The arms, the verdicts with their reasons, and where everything lies."""
     console.print(_arms_table(sweep, result))
+    for name, arm in result.arms.items():
+        if arm.collapsed:
+            console.print(f"{arm.collapsed} of {arm.runs} runs of {name} collapsed")
     for verdict in result.verdicts:
         colour = COLOURS.get(verdict.verdict, "magenta")
         console.print(
@@ -136,14 +148,14 @@ def _arms_table(sweep: SweepConfig, result: "SweepResult") -> Table:
     title = f"{sweep.name}: {metric} over {sweep.pairs} pairs"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("arm", no_wrap=True)
-    for head in ("mean", "sd", "worst", "params", "steps", "MFLOP", "train s", "collapsed"):
+    for head in ("mean", "sd", "worst", "params", "steps", "MFLOP", "train s"):
         table.add_column(head, justify="right", no_wrap=True)
     for name, arm in result.arms.items():
         table.add_row(
             name, _figure(arm.mean), _figure(arm.sd), _figure(arm.worst),
             _figure(arm.parameters_mean, ".0f"), _figure(arm.steps, ".0f"),
             _figure(arm.train_flops_mean and arm.train_flops_mean / 1e6, ",.0f"),
-            _figure(arm.train_seconds_mean, ".1f"), str(arm.collapsed),
+            _figure(arm.train_seconds_mean, ".1f"),
         )  # fmt: skip
     return table
 
