@@ -24,6 +24,8 @@ from esper_experiments.plan import Planned, read_record, record_path
 SLICE_S = 1.0
 # a worker may die of something that is not the trial's fault
 RETRIES = 2
+# trials in Tune's queue: most of them must be without a worker that is being started for them
+PENDING_PER_SLOT = 4
 
 Progress = Callable[[str, dict[str, float]], None]
 Finished = Callable[[TrialRecord], None]
@@ -149,6 +151,7 @@ def run_plan(
     finished: set[str],
     folder: Path,
     resources: Resources,
+    slots: int,
     on_progress: Progress,
     on_finished: Finished,
 ) -> dict[str, str]:
@@ -159,6 +162,7 @@ def run_plan(
         finished: Ids of those that have a record.
         folder: The sweep's folder; workers write their records there.
         resources: What each trial gets.
+        slots: Trials that run at once.
         on_progress: Called with a trial's id and its latest values, about once a second.
         on_finished: Called with each new record.
 
@@ -166,6 +170,9 @@ def run_plan(
         The trials that failed, with the last line of their error.
     """
     todo = [p for p in plan if p.spec.trial_id not in finished]
+    # With a searcher Tune starts one worker at a time, and gives that one up as soon as an older
+    # worker is free: with trials shorter than a worker's start, one worker would do everything.
+    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(PENDING_PER_SLOT * slots))
     events = _Events(folder, on_progress, on_finished)
     worker = tune.with_parameters(
         TrialWorker,

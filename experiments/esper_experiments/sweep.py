@@ -178,7 +178,7 @@ def _run_missing(
     start_ray(sweep.resources)
     try:
         slots = _slots(sweep)
-        errors = run_plan(plan, done, folder, sweep.resources, on_progress, on_finished)
+        errors = run_plan(plan, done, folder, sweep.resources, slots, on_progress, on_finished)
     finally:
         ray.shutdown()
     records = [r for r in read_records(folder) if r.trial_id not in done]
