@@ -151,7 +151,7 @@ def run_sweep(
         watcher.finished(record)
 
     try:
-        timing = _run_missing(sweep, plan, before, folder, watcher.progress, finished)
+        timing = _run_missing(sweep, plan, before, folder, sink, watcher.progress, finished)
         return _conclude(sweep, registration, folder, sink, timing, command)
     except BaseException:
         sink.finish("FAILED")
@@ -163,6 +163,7 @@ def _run_missing(
     plan: list[Planned],
     before: list[TrialRecord],
     folder: Path,
+    sink: MlflowSink,
     on_progress: Callable[[str, dict[str, float]], None],
     on_finished: Callable[[TrialRecord], None],
 ) -> Timing:
@@ -170,9 +171,8 @@ def _run_missing(
     if len(done) == len(plan):
         return Timing(0, 0.0, 0.0, None)
     os.environ.update({k: v for k, v in TUNE_ENVIRONMENT.items() if k not in os.environ})
-    import ray
 
-    from esper_experiments.on_ray import run_plan, start_ray
+    from esper_experiments.on_ray import run_plan, start_ray, stop_ray
 
     started = time.time()
     start_ray(sweep.resources)
@@ -180,7 +180,8 @@ def _run_missing(
         slots = _slots(sweep)
         errors = run_plan(plan, done, folder, sweep.resources, slots, on_progress, on_finished)
     finally:
-        ray.shutdown()
+        sink.wait()
+        stop_ray()
     records = [r for r in read_records(folder) if r.trial_id not in done]
     missing = {p.spec.trial_id for p in plan} - done - {r.trial_id for r in records}
     if missing:

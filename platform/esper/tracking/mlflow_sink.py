@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from time import time_ns
 from typing import Literal, TypeVar
@@ -164,6 +164,10 @@ class MlflowSink:
         self._pending.append(
             (record.trial_id, self._executor.submit(self.log_trial, record, params))
         )
+
+    def wait(self) -> None:
+        """Wait until the background is idle; `flush` tells what went wrong."""
+        wait([future for _, future in self._pending])
 
     def flush(self) -> None:
         """Wait for every submitted trial.
