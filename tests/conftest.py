@@ -1,4 +1,7 @@
-"""What all tests share: one thread per process, no windows, and no reports to third parties."""
+"""What all tests share: one thread per process, no windows, and no reports to third parties.
+
+Without a GPU, kernels run in Triton's interpreter, in the tests that ask for them.
+"""
 
 import os
 
@@ -11,3 +14,6 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # read when triton is imported, so before anything else imports it
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,10 +1,29 @@
 """Kernels of the seed lattice: all seeds of one site in one call.
 
 Usable alone, with torch only. The public functions validate their arguments and then call an
-implementation; the plain PyTorch one in `esper_kernels.reference` defines what is correct.
+operator of `esper_kernels.library`; the plain PyTorch implementation in
+`esper_kernels.reference` defines what is correct.
 """
 
+from esper_kernels import flops as _flops  # noqa: F401 (tells torch's counter what seeds cost)
 from esper_kernels.phi import PHI, Phi, register_phi
-from esper_kernels.seeds import chunk_seeds, span_seeds
+from esper_kernels.seeds import (
+    chunk_moments,
+    chunk_seeds,
+    column_statistics,
+    gradient_energy,
+    probe_size,
+    span_seeds,
+)
 
-__all__ = ["PHI", "Phi", "chunk_seeds", "register_phi", "span_seeds"]
+__all__ = [
+    "PHI",
+    "Phi",
+    "chunk_moments",
+    "chunk_seeds",
+    "column_statistics",
+    "gradient_energy",
+    "probe_size",
+    "register_phi",
+    "span_seeds",
+]

@@ -1,12 +1,30 @@
-"""The public functions of the seed lattice: arguments are checked here, and only here."""
+"""The public functions of the seed lattice: arguments are checked here, and only here.
+
+On CUDA tensors of fp32, bf16 or fp16 they run Triton kernels; on all others, in fp64, and where
+a user's own function of the hidden units is involved, plain PyTorch.
+"""
+
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from esper_kernels.reference import chunk as _chunk
-from esper_kernels.reference import span as _span
+from esper_kernels import library
+from esper_kernels.phi import FIRST_CUSTOM
+from esper_kernels.reference import statistics as _statistics
+from esper_kernels.reference.isolated import OBJECTIVES, Objective
+from esper_kernels.support import MAX_CHUNK
 
-__all__ = ["chunk_seeds", "span_seeds"]
+__all__ = [
+    "chunk_moments",
+    "chunk_seeds",
+    "column_statistics",
+    "gradient_energy",
+    "probe_size",
+    "span_seeds",
+]
+
+probe_size = library.probe_size
 
 
 def chunk_seeds(
@@ -17,10 +35,19 @@ def chunk_seeds(
     alpha_S: Tensor,
     phi_S: Tensor,
     hidden_S: Tensor,
+    *,
+    learning_S: Tensor | None = None,
+    probe: Tensor | None = None,
+    objective: Objective = "desired_update",
+    observe: bool = False,
+    plain: bool | None = None,
 ) -> Tensor:
     """Add every awake chunk seed to its own chunk of the activations.
 
-    `y_s = x_s + alpha_s * phi_s(x_s W1_s + b1_s) W2_s`, computed in fp32 (fp64 for fp64 input).
+    `y_s = x_s + alpha_s * phi_s(x_s W1_s + b1_s) W2_s`, computed in fp32 (fp64 for fp64 input;
+    on a GPU, 16-bit input is multiplied in its own format and accumulated in fp32).
+
+    Gradients of the first order reach `x_TD`, the weights and `alpha_S`.
 
     Args:
         x_TD: Activations, `[T, D]`; seed s owns channels `s*C` to `(s+1)*C`.
@@ -30,13 +57,23 @@ def chunk_seeds(
         alpha_S: Blend weight per seed, `[S]`, fp32, in [0, 1], no unit.
         phi_S: Code of each seed's function (`esper_kernels.Phi`), `[S]`, int32.
         hidden_S: Hidden units that each seed uses, `[S]`, int32; the rest have no effect.
+        learning_S: What the gradient of each seed's weights is, `[S]`, int32. 0: none; 1: that
+            of the loss; 2: that of the isolated `objective`, for a seed at alpha 0. None: all 1.
+        probe: Receives, as its gradient, what a pass measures; a leaf of shape
+            `[probe_size(D, S)]`, fp32, that requires grad. See `esper_kernels.library`.
+        objective: What a seed that learns alone is to add to its chunk: 'desired_update' or
+            'reconstruction'.
+        observe: Whether the statistics of activations and gradients are measured for `probe`.
+        plain: True: plain PyTorch on every device, which functions of `register_phi` need; it
+            then waits for the device, so it cannot be captured in a CUDA graph. None: found
+            out where the codes are on the CPU, else False.
 
     Returns:
-        `[T, D]` in the dtype of `x_TD`. Where alpha is 0 the chunk is the input's bit for bit,
-        whatever the weights hold; with no awake seed the result is `x_TD` itself.
+        `[T, D]` in the dtype of `x_TD`, a tensor of its own. Where alpha is 0 the chunk is the
+        input's bit for bit, whatever the weights hold.
 
     Raises:
-        ValueError: If the shapes do not agree.
+        ValueError: If shapes or dtypes do not agree, or the objective is unknown.
     """
     S, C, H = w1_SCH.shape
     if x_TD.ndim != 2 or x_TD.shape[1] != S * C:
@@ -49,10 +86,17 @@ def chunk_seeds(
             f"b1_SH and w2_SHC must have shapes {(S, H)} and {(S, H, C)} as w1_SCH says, "
             f"but got {tuple(b1_SH.shape)} and {tuple(w2_SHC.shape)}."
         )
-    _require_rows(S, alpha_S=alpha_S, phi_S=phi_S, hidden_S=hidden_S)
-    # autocast would compute in half precision what is promised in fp32
-    with torch.autocast(x_TD.device.type, enabled=False):
-        return _chunk.chunk_seeds(x_TD, w1_SCH, b1_SH, w2_SHC, alpha_S, phi_S, hidden_S)
+    if learning_S is None:
+        learning_S = torch.ones_like(phi_S)
+    _require_rows(S, alpha_S=alpha_S)
+    _require_rows(S, torch.int32, phi_S=phi_S, hidden_S=hidden_S, learning_S=learning_S)
+    _require_probe(probe, S * C, S)
+    code, plain = _code(objective), _is_plain(plain, phi_S)
+    y_TD: Tensor = torch.ops.esper.chunk_seeds.default(
+        x_TD, w1_SCH, b1_SH, w2_SHC, alpha_S, phi_S, hidden_S, learning_S, probe,
+        code, observe, plain,
+    )[0]  # fmt: skip
+    return y_TD
 
 
 def span_seeds(
@@ -63,10 +107,17 @@ def span_seeds(
     w_out_SO: Tensor,
     alpha_S: Tensor,
     phi_S: Tensor,
+    *,
+    learning_S: Tensor | None = None,
+    probe: Tensor | None = None,
+    objective: Objective = "desired_update",
+    observe: bool = False,
+    plain: bool | None = None,
 ) -> Tensor:
     """Add every awake unit of a span to the span's output.
 
-    `y = z + sum_s alpha_s * phi_s(x . w_in_s + b_s) * w_out_s`, in fp32 (fp64 for fp64 input).
+    `y = z + sum_s alpha_s * phi_s(x . w_in_s + b_s) * w_out_s`, in fp32 (fp64 for fp64 input;
+    on a GPU, 16-bit input is multiplied in its own format and accumulated in fp32).
 
     Args:
         x_TI: Input of the span's first module, `[T, I]`.
@@ -76,12 +127,18 @@ def span_seeds(
         w_out_SO: Outgoing weights, `[S, O]`.
         alpha_S: Blend weight per unit, `[S]`, fp32, in [0, 1], no unit.
         phi_S: Code of each unit's function (elementwise ones only), `[S]`, int32.
+        learning_S: As for `chunk_seeds`.
+        probe: As for `chunk_seeds`, of shape `[probe_size(O, S)]`.
+        objective: As for `chunk_seeds`; the unit is to add it to the whole output.
+        observe: As for `chunk_seeds`, of the output.
+        plain: As for `chunk_seeds`.
 
     Returns:
-        `[T, O]` in the dtype of `z_TO`; `z_TO` itself when no unit is awake.
+        `[T, O]` in the dtype of `z_TO`, a tensor of its own; the output bit for bit when no
+        unit is awake.
 
     Raises:
-        ValueError: If the shapes do not agree.
+        ValueError: If shapes or dtypes do not agree, or the objective is unknown.
     """
     S, I = w_in_SI.shape  # noqa: E741 (I is the legend's name for input features)
     O = w_out_SO.shape[1]  # noqa: E741
@@ -92,17 +149,139 @@ def span_seeds(
             f"z_TO must have shape {(x_TI.shape[0], O)}, one row for each row of x_TI, "
             f"but got {tuple(z_TO.shape)}; a span's input and output must share their positions."
         )
-    if len(w_out_SO) != S:
-        raise ValueError(f"w_out_SO must have {S} rows, one per unit, but got {len(w_out_SO)}.")
-    _require_rows(S, b_S=b_S, alpha_S=alpha_S, phi_S=phi_S)
-    with torch.autocast(x_TI.device.type, enabled=False):
-        return _span.span_seeds(x_TI, z_TO, w_in_SI, b_S, w_out_SO, alpha_S, phi_S)
+    if w_out_SO.shape[0] != S:
+        raise ValueError(f"w_out_SO must have {S} rows, one per unit, but got {w_out_SO.shape[0]}.")
+    if learning_S is None:
+        learning_S = torch.ones_like(phi_S)
+    _require_rows(S, b_S=b_S, alpha_S=alpha_S)
+    _require_rows(S, torch.int32, phi_S=phi_S, learning_S=learning_S)
+    _require_probe(probe, O, S)
+    code, plain = _code(objective), _is_plain(plain, phi_S)
+    y_TO: Tensor = torch.ops.esper.span_seeds.default(
+        x_TI, z_TO, w_in_SI, b_S, w_out_SO, alpha_S, phi_S, learning_S, probe,
+        code, observe, plain,
+    )[0]  # fmt: skip
+    return y_TO
 
 
-def _require_rows(num_seeds: int, **tensors: Tensor) -> None:
+def column_statistics(x_TD: Tensor) -> Tensor:
+    """Sum, sum of squares, and count of `|x| < 1e-6` of each column.
+
+    Args:
+        x_TD: Activations, `[T, D]`, of a floating dtype.
+
+    Returns:
+        `[3, D]`, fp32, without a gradient.
+
+    Raises:
+        ValueError: If x is no matrix of floating point numbers.
+    """
+    _require_matrix(x_TD=x_TD)
+    x_TD = x_TD.detach()
+    if library.use_triton(x_TD, x_TD, plain=False):
+        from esper_kernels.ops import statistics
+
+        told: Tensor = statistics.column_statistics(x_TD.contiguous())
+        return told
+    return _statistics.column_statistics(x_TD)
+
+
+def gradient_energy(dy_TD: Tensor) -> Tensor:
+    """T times the sum of squares of each column, independent of the batch for a mean loss.
+
+    Args:
+        dy_TD: Gradient of the loss at activations, `[T, D]`.
+
+    Returns:
+        `[D]`, fp32, without a gradient.
+
+    Raises:
+        ValueError: If dy is no matrix of floating point numbers.
+    """
+    _require_matrix(dy_TD=dy_TD)
+    dy_TD = dy_TD.detach()
+    if library.use_triton(dy_TD, dy_TD, plain=False):
+        return column_statistics(dy_TD)[1] * len(dy_TD)
+    return _statistics.gradient_energy(dy_TD)
+
+
+def chunk_moments(x_TD: Tensor, dy_TD: Tensor, num_seeds: int) -> tuple[Tensor, Tensor]:
+    """Second moments of every chunk: what tells how much a seed could explain there.
+
+    With `A = x_s^T x_s` and `B = x_s^T dy_s`, `trace(B^T A^+ B)` is the energy of the desired
+    change `-dy_s` that a linear seed could express. Source: Verbockhaven et al., "Growing Tiny
+    Networks", TMLR 2024. Of a span it is the plain product `x^T dy`.
+
+    Args:
+        x_TD: Activations, `[T, D]`, of a floating dtype.
+        dy_TD: Gradient of the loss there; shape and dtype of `x_TD`.
+        num_seeds: Chunks S; divides D.
+
+    Returns:
+        A and B, `[S, C, C]` each, fp32 (fp64 for fp64 input), without a gradient.
+
+    Raises:
+        ValueError: If the shapes or dtypes do not agree, or S does not divide D.
+    """
+    _require_matrix(x_TD=x_TD, dy_TD=dy_TD)
+    if dy_TD.shape != x_TD.shape or dy_TD.dtype != x_TD.dtype:
+        raise ValueError(
+            f"dy_TD must have the shape and dtype of x_TD, {tuple(x_TD.shape)} of {x_TD.dtype}, "
+            f"but got {tuple(dy_TD.shape)} of {dy_TD.dtype}."
+        )
+    if num_seeds < 1 or x_TD.shape[1] % num_seeds:
+        raise ValueError(
+            f"num_seeds must divide the {x_TD.shape[1]} channels of x_TD, but got {num_seeds}."
+        )
+    x_TD, dy_TD = x_TD.detach(), dy_TD.detach()
+    if library.use_triton(x_TD, x_TD, plain=False) and x_TD.shape[1] // num_seeds <= MAX_CHUNK:
+        from esper_kernels.ops import moments
+
+        both: Tensor = moments.chunk_moments(x_TD.contiguous(), dy_TD.contiguous(), num_seeds)
+        return both[0], both[1]
+    return _statistics.chunk_moments(x_TD, dy_TD, num_seeds)
+
+
+def _require_matrix(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} must be a matrix [T, D] of floating point numbers, "
+                f"but got shape {tuple(tensor.shape)} of {tensor.dtype}."
+            )
+
+
+def _require_rows(num_seeds: int, dtype: torch.dtype | None = None, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.shape != (num_seeds,):
             raise ValueError(
                 f"{name} must have one value per seed, shape ({num_seeds},), "
                 f"but got {tuple(tensor.shape)}."
             )
+        if dtype is not None and tensor.dtype != dtype:
+            raise ValueError(f"{name} must be of {dtype}, but got {tensor.dtype}.")
+
+
+def _require_probe(probe: Tensor | None, channels: int, num_seeds: int) -> None:
+    size = library.probe_size(channels, num_seeds)
+    if probe is not None and (probe.shape != (size,) or probe.dtype != torch.float32):
+        raise ValueError(
+            f"probe must have shape ({size},) and be of torch.float32, "
+            f"but got {tuple(probe.shape)} of {probe.dtype}; `probe_size` tells the length."
+        )
+
+
+def _code(objective: Objective) -> int:
+    if objective not in OBJECTIVES:
+        names = " or ".join(f"'{name}'" for name in get_args(Objective))
+        raise ValueError(f"objective must be {names}, but got '{objective}'.")
+    return OBJECTIVES.index(objective)
+
+
+def _is_plain(plain: bool | None, phi_S: Tensor) -> bool:
+    if plain is not None:
+        return plain
+    # reading the codes of another device would wait for it, and a compiler has none to read
+    if torch.compiler.is_compiling() or phi_S.device.type != "cpu":
+        return False
+    return bool((phi_S >= FIRST_CUSTOM).any())

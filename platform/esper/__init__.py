@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from esper.seeds.actions import Rollback as Rollback
     from esper.seeds.blueprints import blueprint as blueprint
     from esper.seeds.kasmina import KasminaLayer as KasminaLayer
+    from esper.seeds.optimizer import SeedOptimizer as SeedOptimizer
     from esper.seeds.report import Report as Report
     from esper.seeds.state import Stage as Stage
     from esper.surgery.files import load as load
@@ -42,6 +43,7 @@ _HOMES = {
     "blueprint": "esper.seeds.blueprints",
     "KasminaLayer": "esper.seeds.kasmina",
     "Report": "esper.seeds.report",
+    "SeedOptimizer": "esper.seeds.optimizer",
     "Stage": "esper.seeds.state",
     **dict.fromkeys(("load", "save"), "esper.surgery.files"),
     **dict.fromkeys(("Lattice", "attach", "lattice_of"), "esper.surgery.lattice"),

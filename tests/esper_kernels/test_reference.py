@@ -65,7 +65,9 @@ def test_alpha_zero_is_the_input_bit_for_bit_whatever_the_weights_hold(bad):
     (x, w1, b1, w2), (alpha, phi, hidden) = chunk_inputs(33, 8, 4, 4)
     alpha[:] = 0
     asleep = (w.detach() * bad for w in (w1, b1, w2))
-    assert chunk_seeds(x, *asleep, alpha, phi, hidden) is x
+    unchanged = chunk_seeds(x, *asleep, alpha, phi, hidden)
+    assert torch.equal(unchanged, x)
+    assert unchanged.data_ptr() != x.data_ptr()
     alpha[3] = 1
     w1, b1, w2 = (w.detach().clone() for w in (w1, b1, w2))
     for w in (w1, b1, w2):
@@ -109,7 +111,9 @@ def test_span_seeds_match_the_sum_over_units(shape):
 def test_a_span_with_no_awake_unit_is_its_output():
     x, z, w = torch.randn(4, 3), torch.randn(4, 2), torch.full((6, 3), float("nan"))
     zero = torch.zeros(6)
-    assert span_seeds(x, z, w, zero, torch.randn(6, 2), zero, zero.int()) is z
+    y = span_seeds(x, z, w, zero, torch.randn(6, 2), zero, zero.int())
+    assert torch.equal(y, z)
+    assert y.data_ptr() != z.data_ptr()
 
 
 def test_wrong_shapes_are_refused_with_the_shape_that_is_needed():

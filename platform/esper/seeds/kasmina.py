@@ -3,20 +3,28 @@
 Two geometries share one state tensor, one pool of weights and one lifecycle. The site's output
 passes through `forward`; with no seed awake it comes back as the very same tensor.
 
+Seeds in TRAINING learn without touching the host, bit for bit: the operator passes their input
+on, and makes of the gradient that comes back, for them alone, a gradient of their own objective
+(`esper_kernels.reference.isolated`). What is awake and who learns is data on the device, so in
+a compiled model or a CUDA graph nothing is compiled or captured again when it changes.
+
 Shapes: S = seeds, D = channels of the site's output, C = D / S, H = hidden units of a chunk
 seed, I = input features of a span, T = rows (batch x positions).
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from esper.config.run import GrowthConfig
-from esper.seeds import isolated, optimizer_guard
+from esper.seeds import optimizer_guard, telemetry
 from esper.seeds.blueprints import BLUEPRINTS, Blueprint, Geometry
 from esper.seeds.grafting import GRAFTS, GraftSignals
+from esper.seeds.local_rows import local_rows
 from esper.seeds.state import (
     BLUEPRINT,
     EPOCHS,
@@ -28,11 +36,42 @@ from esper.seeds.state import (
     Stage,
 )
 from esper_kernels import chunk_seeds, span_seeds
+from esper_kernels.reference.backward import ISOLATED, TASK
+from esper_kernels.reference.isolated import Objective
 from esper_kernels.reference.span import span_hidden
+from esper_kernels.support import needs_plain
 
-DEAD_BELOW = 1e-6
-# telemetry is read in every n-th training pass; a score is a mean, it does not need them all
+# passes are observed at every n-th optimizer step; a score is a mean, it does not need them all.
+# Counted by steps, because a checkpointed pass must run again just as it did.
 OBSERVE_EVERY = 4
+
+
+class _Options(TypedDict):
+    learning_S: Tensor
+    probe: Tensor | None
+    objective: Objective
+    observe: bool
+    plain: bool
+
+
+class _Alongside(Function):
+    """A copy of the output; its gradient goes to the host as it came, and to `rows` as well.
+
+    By way of the rows, the gradient would reach the host in another layout, and be summed there
+    in another order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, rows: Tensor, to_rows: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.to_rows = to_rows
+        # a copy, because a view made here could not be modified in place by the host's next module
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        return dy, ctx.to_rows(dy), None
 
 
 class KasminaLayer(nn.Module):
@@ -64,12 +103,14 @@ class KasminaLayer(nn.Module):
     pace: Tensor
     fresh: Tensor
     moment_age: Tensor
+    replayed_steps: Tensor
     trainable: Tensor
     ramping: Tensor
     cosine: Tensor
     phi: Tensor
     hidden_used: Tensor
-    training_rows: Tensor
+    learning: Tensor
+    probe: Tensor
 
     def __init__(
         self,
@@ -103,12 +144,14 @@ class KasminaLayer(nn.Module):
         self.fan_in = channels // num_seeds if geometry == "chunk" else int(in_features or 0)
         self.fan_out = channels // num_seeds if geometry == "chunk" else channels
         self.hidden = (hidden or max(2, self.fan_in)) if geometry == "chunk" else 1
-        self.objective: isolated.Objective = "desired_update"
+        self.objective: Objective = "desired_update"
         self.ramp_steps = 100
         self._make_pool(torch.promote_types(dtype, torch.float32), device)
         self._make_state(device)
-        self.steps = 0
+        self.counted_steps = self._counted_before = self._steps_before = 0
         self._source: Tensor | None = None
+        # whether training passes ran in this interval
+        self._seen = False
         self.reset_telemetry()
         self.refresh()
         optimizer_guard.watch(self)
@@ -132,6 +175,9 @@ class KasminaLayer(nn.Module):
             self.register_buffer(name, torch.zeros(S, device=device))
         self.register_buffer("graft_loss", torch.full((S,), math.nan, device=device))
         self.register_buffer("pace", torch.ones(S, device=device))
+        # Python counts no step that a CUDA graph replays
+        replayed = torch.zeros(1, dtype=torch.int32, device=device)
+        self.register_buffer("replayed_steps", replayed, persistent=False)
         # seeds whose moments the optimizer is to forget, one row for each tensor of the pool
         self.register_buffer("fresh", torch.zeros(3, S, dtype=torch.bool, device=device))
         # steps that each seed's moments have gathered since
@@ -143,7 +189,8 @@ class KasminaLayer(nn.Module):
             "cosine": torch.zeros(S, dtype=torch.bool),
             "phi": torch.zeros(S, dtype=torch.int32),
             "hidden_used": torch.zeros(S, dtype=torch.int32),
-            "training_rows": torch.zeros(0, dtype=torch.int64),
+            # what the gradient of each seed is: none, that of the task, or the isolated one
+            "learning": torch.zeros(S, dtype=torch.int32),
         }.items():
             self.register_buffer(name, fill.to(device), persistent=False)
 
@@ -205,8 +252,11 @@ class KasminaLayer(nn.Module):
             (self.w_out, max(1, int(self.hidden_used[seed])), outgoing),
         ):
             bound = 1 / math.sqrt(fan) if random else 0.0
-            draw = torch.rand(weights[seed].shape, generator=generator, dtype=torch.float64)
-            weights[seed] = ((2 * draw - 1) * bound).to(weights)
+            draw = torch.rand(weights.shape[1:], generator=generator, dtype=torch.float64)
+            # every process draws all numbers, and one of them holds the seed
+            local, held = local_rows(weights)
+            if held.start <= seed < held.stop:
+                local[seed - held.start] = ((2 * draw - 1) * bound).to(local)
         self.progress[seed] = 0
         self.alpha[seed] = 0
         self.graft_loss[seed] = math.nan
@@ -233,14 +283,14 @@ class KasminaLayer(nn.Module):
         put("cosine", [grafts[s.graft_id].curve == "cosine" for s in states])
         put("phi", [b.phi for b in of])
         put("hidden_used", [b.hidden(self.hidden) for b in of])
-        training = [i for i, s in enumerate(states) if s.stage is Stage.TRAINING]
-        self.training_rows = torch.tensor(training, dtype=torch.int64, device=self.state.device)
+        put("learning", [_learning(s.stage) for s in states])
+        chunk = self.fan_in, self.hidden
+        self._plain = needs_plain({b.phi for b in of}, *chunk if self.geometry == "chunk" else ())
         self.any_fresh = bool(self.fresh.any())
         stages = {s.stage for s in states}
         self._any_training = Stage.TRAINING in stages
         self._any_ramping = Stage.GRAFTING in stages
         self._any_grafted = bool(stages & GRAFTED_STAGES)
-        self._any_frozen = bool(stages & (GRAFTED_STAGES - TRAINABLE_STAGES))
         self.any_trainable = bool(stages & TRAINABLE_STAGES)
 
     def set_paces(self, signals: GraftSignals, growth: GrowthConfig) -> None:
@@ -252,19 +302,16 @@ class KasminaLayer(nn.Module):
         ]
         self.pace.copy_(torch.tensor(paces))
 
-    @torch.no_grad()
-    def after_optimizer_step(self) -> None:
-        """Move every graft one step on; called by the optimizer guard."""
-        self.steps += 1
-        self._moved = True
-        self.any_fresh = self.any_fresh and bool(self.fresh.any())
-        if self._any_ramping:
-            # whole steps are counted, so that the ramp ends at exactly 1
-            self.ramped_steps += self.ramping * self.pace
-            torch.clamp(self.ramped_steps / self.ramp_steps, max=1.0, out=self.progress)
-            eased = (1 - torch.cos(math.pi * self.progress)) / 2
-            alpha = torch.where(self.cosine, eased, self.progress)
-            torch.where(self.ramping > 0, alpha, self.alpha, out=self.alpha)
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far, those of replayed CUDA graphs included; one device read."""
+        replayed = 0 if self.replayed_steps.is_meta else int(self.replayed_steps)
+        return self.counted_steps + replayed
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self.counted_steps = steps
+        self.replayed_steps.zero_()
 
     def forward(self, output: Tensor, source: Tensor | None = None) -> Tensor:
         """The site's output with every awake seed's contribution.
@@ -275,64 +322,70 @@ class KasminaLayer(nn.Module):
 
         Returns:
             `output` itself while no seed is awake (while training, a copy of its bits where the
-            gradient could not be observed otherwise: of a view, or behind a frozen host); else
-            a tensor of its shape, dtype and layout.
+            gradient could not be observed otherwise: of a view, or behind a frozen host); else,
+            and always in a compiled model and a CUDA graph, a tensor of its shape, dtype and
+            layout.
 
         Raises:
             ValueError: If the channels or the positions do not fit the layer.
         """
         self._check(output)
         learning = self.training and torch.is_grad_enabled()
-        training = self._any_training and learning
-        y = output
-        if self._any_grafted or training:
-            rows = self._rows(output)
-            y_rows = self._run(rows, source)
-            if y_rows is not rows:
-                y = self._unrows(y_rows, output)
-            if training:
-                y = self._tap(y, rows, source)
-        if learning:
-            y = self._observe(output, y)
+        if torch.compiler.is_compiling() or _is_captured(output):
+            # no flag that a stage change moves may be read: it would be compiled in
+            return self._run(output, source, learning, observe=learning)
+        self._seen = self._seen or learning
+        steps = self.counted_steps - self._counted_before
+        observe = learning and steps % OBSERVE_EVERY == 0
+        if self._any_grafted and self._may_blend():
+            return self._run(output, source, learning, observe)
+        if self._any_training and learning:
+            return self._train_alone(output, source, observe)
+        return self._watch(output, observe) if learning else output
+
+    def _run(self, output: Tensor, source: Tensor | None, learning: bool, observe: bool) -> Tensor:
+        return self._unrows(self._run_rows(self._rows(output), source, learning, observe), output)
+
+    def _run_rows(
+        self, rows: Tensor, source: Tensor | None, learning: bool, observe: bool
+    ) -> Tensor:
+        # seeds learn alone only while the model trains
+        learns = self.learning if learning else self.learning * (self.learning == TASK)
+        options = _Options(
+            learning_S=learns, probe=self.probe if learning else None, objective=self.objective,
+            observe=observe, plain=self._plain,
+        )  # fmt: skip
+        if self.geometry == "chunk":
+            return chunk_seeds(
+                rows, *self.pool(), self.alpha, self.phi, self.hidden_used, **options
+            )
+        x = self._source_rows(source)
+        return span_seeds(x, rows, *self.pool(), self.alpha, self.phi, **options)
+
+    def _may_blend(self) -> bool:
+        """False if every alpha is 0, as in a ramp's first step; a GPU is not asked."""
+        return self.alpha.device.type != "cpu" or bool(self.alpha.any())
+
+    def _train_alone(self, output: Tensor, source: Tensor | None, observe: bool) -> Tensor:
+        """Show the gradient to the seeds in TRAINING, while no seed is awake."""
+        read = None if source is None else source.detach()
+        rows = self._run_rows(self._rows(output).detach(), read, True, observe)
+        y: Tensor = _Alongside.apply(output, rows, self._rows)  # type: ignore[no-untyped-call]
         return y
 
-    def _run(self, rows: Tensor, source: Tensor | None) -> Tensor:
-        w_in, bias, w_out = (self._moving(w) for w in self.pool())
-        if self.geometry == "chunk":
-            return chunk_seeds(rows, w_in, bias, w_out, self.alpha, self.phi, self.hidden_used)
-        x = self._source_rows(source)
-        return span_seeds(x, rows, w_in, bias, w_out, self.alpha, self.phi)
-
-    def _moving(self, weights: Tensor) -> Tensor:
-        """The pool with the gradient cut off for frozen seeds."""
-        if not self._any_frozen:
-            return weights
-        return torch.where(self.trainable_like(weights), weights, weights.detach())
-
-    def _tap(self, y: Tensor, rows: Tensor, source: Tensor | None) -> Tensor:
-        x, idx = rows.detach(), self.training_rows
-        read = self._source_rows(source).detach() if self.geometry == "span" else x
-
-        def unexplained(dy: Tensor, w_in: Tensor, bias: Tensor, w_out: Tensor) -> Tensor:
-            grad = self._rows(dy)
-            if self.geometry == "span":
-                target = isolated.target_of(self.objective, x.to(w_in), grad.to(w_in), (0, 1))
-                phi = self.phi[idx]
-                return isolated.span_unexplained(read.to(w_in), target, w_in, bias, w_out, phi)
-            chunks, grads = (self._chunks(t)[idx].to(w_in) for t in (x, grad))
-            target = isolated.target_of(self.objective, chunks, grads, (1, 2))
-            return isolated.chunk_unexplained(
-                chunks, target, w_in, bias, w_out, self.phi[idx], self.hidden_used[idx]
-            )
-
-        def observe(explained: Tensor) -> None:
-            self._explained.index_add_(0, idx, explained.to(self._explained))
-            self._explained_passes += 1
-
-        tapped: Tensor = isolated.IsolatedTap.apply(  # type: ignore[no-untyped-call]
-            y, unexplained, observe, idx, *self.pool()
-        )
-        return tapped
+    def _watch(self, output: Tensor, observe: bool) -> Tensor:
+        """Gather statistics while no seed is awake; returns the output, ready for its gradient."""
+        y = output
+        if not y.requires_grad:
+            # behind a frozen host nothing asks for this gradient but the score of the seeds
+            y = y.detach().requires_grad_().clone()
+        if observe:
+            telemetry.add_activations(self._told(), self._rows(output))
+            if y._is_view():
+                # a module that works in place on a view would take the hook away with its history
+                y = y.clone()
+            y.register_hook(lambda dy: telemetry.add_gradient(self._told(), self._rows(dy)))
+        return y
 
     def _check(self, output: Tensor) -> None:
         if output.shape[self.channel_axis] != self.channels:
@@ -346,14 +399,15 @@ class KasminaLayer(nn.Module):
         return tensor.movedim(self.channel_axis, -1).reshape(-1, tensor.shape[self.channel_axis])
 
     def _unrows(self, rows: Tensor, like: Tensor) -> Tensor:
-        shape = like.movedim(self.channel_axis, -1).shape
-        y = rows.reshape(shape).movedim(-1, self.channel_axis)
+        # rows that nobody else holds, seen in the host's shape but not as a view: the next module
+        # may work in place, which would take hooks off a view
+        if self.channel_axis in (-1, like.ndim - 1):
+            y: Tensor = torch.ops.aten._unsafe_view(rows, like.shape)
+        else:
+            shape = like.movedim(self.channel_axis, -1).shape
+            y = rows.view(shape).movedim(-1, self.channel_axis)
         # the host may rely on the layout: in a `view`, or in the last bit of its convolutions
         return y if y.stride() == like.stride() else torch.empty_like(like).copy_(y)
-
-    def _chunks(self, rows: Tensor) -> Tensor:
-        chunks: Tensor = rows.unflatten(1, (self.num_seeds, self.fan_in)).transpose(0, 1)
-        return chunks
 
     def _source_rows(self, source: Tensor | None) -> Tensor:
         if source is None:
@@ -365,7 +419,11 @@ class KasminaLayer(nn.Module):
         return self._rows(source)
 
     def capture_source(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of a span's first module."""
+        """Forward pre-hook of a span's first module.
+
+        To compile a model with `torch.utils.checkpoint` around a span, allow this note to be
+        taken once: `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`.
+        """
         self._source = args[0] if args else None
 
     def graft_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -382,61 +440,25 @@ class KasminaLayer(nn.Module):
 
     def reset_telemetry(self) -> None:
         """Start a new interval."""
+        self._seen = False
+        self._steps_before, self._counted_before = self.steps, self.counted_steps
         device = self.state.device
-        self._passes = self._observed_rows = self._grad_passes = self._explained_passes = 0
-        self._moved = False
-        self._sum, self._sum_sq, self._dead = torch.zeros(3, self.channels, device=device)
-        self._energy = torch.zeros(self.num_seeds, device=device)
-        self._explained = torch.zeros(self.num_seeds, device=device)
+        if self.__dict__.get("probe") is None or self.probe.device != device:
+            self.probe = telemetry.make_probe(self.channels, self.num_seeds, device)
+        # in place, because CUDA graphs add to this very memory
+        telemetry.gathered(self.probe).zero_()
 
-    def _observe(self, output: Tensor, y: Tensor) -> Tensor:
-        """Gather statistics in every n-th training pass; returns y, ready for its gradient."""
-        if not y.requires_grad:
-            # behind a frozen host nothing asks for this gradient but the score of the seeds
-            y = y.detach().requires_grad_().clone()
-        self._passes += 1
-        if (self._passes - 1) % OBSERVE_EVERY:
-            return y
-        rows = self._rows(output.detach()).float()
-        self._observed_rows += len(rows)
-        self._sum += rows.sum(0)
-        self._sum_sq += rows.square().sum(0)
-        self._dead += (rows.abs() < DEAD_BELOW).sum(0)
-        if y._is_view():
-            # a module that works in place on a view would take the hook away with its history
-            y = y.clone()
-        y.register_hook(self._observe_grad)
-        return y
-
-    @torch.no_grad()
-    def _observe_grad(self, grad: Tensor) -> None:
-        rows = self._rows(grad).float() * (grad.numel() // self.channels)
-        energy = rows.square().mean(0)
-        if self.geometry == "chunk":
-            self._energy += energy.view(self.num_seeds, -1).mean(1)
-        else:
-            self._energy += energy.mean()
-        self._grad_passes += 1
+    def _told(self) -> telemetry.Told:
+        return telemetry.told(self.probe, self.channels, self.num_seeds)
 
     def telemetry(self) -> dict[str, Tensor]:
         """Everything the report needs, one value a seed, on the CPU; one device read.
 
         Values that were not measured in this interval are NaN.
         """
-        n, S = self._observed_rows, self.num_seeds
-        mean = self._sum / n if n else torch.full_like(self._sum, math.nan)
-        variance = self._sum_sq / max(n, 1) - mean.square()
-        dead = self._dead / n if n else mean
-
-        def per_seed(values: Tensor) -> Tensor:
-            chunk = self.geometry == "chunk"
-            return values.view(S, -1).mean(1) if chunk else values.mean().expand(S)
-
-        def mean_of(total: Tensor, passes: int) -> Tensor:
-            return total / passes if passes else torch.full_like(total, math.nan)
-
-        explained = mean_of(self._explained, self._explained_passes)
+        measured = telemetry.summary(self._told(), self.geometry)
         in_training = self.state[:, STAGE] == Stage.TRAINING
+        explained = torch.where(in_training, measured["explained_frac"], math.nan)
         columns = {
             "stage": self.state[:, STAGE],
             "blueprint_id": self.state[:, BLUEPRINT],
@@ -444,10 +466,8 @@ class KasminaLayer(nn.Module):
             "graft_id": self.state[:, GRAFT],
             "alpha": self.alpha,
             "progress": self.progress,
-            "grad_energy": mean_of(self._energy, self._grad_passes),
-            "variance": per_seed(variance).clamp(min=0),
-            "dead_frac": per_seed(dead),
-            "explained_frac": torch.where(in_training, explained, math.nan),
+            **measured,
+            "explained_frac": explained,
             "graft_loss": self.graft_loss,
         }
         # fp32 holds every int32 here exactly: stages, ids and interval counts are small
@@ -457,7 +477,11 @@ class KasminaLayer(nn.Module):
     @property
     def starved(self) -> bool:
         """True if seeds should have learned in this interval, but no optimizer moved them."""
-        return self.any_trainable and self._passes > 0 and not self._moved
+        if not self.any_trainable or self.steps > self._steps_before:
+            return False
+        # compiled passes move no Python flag, but they count on the device
+        told = self._told()
+        return self._seen or bool(told.passes + told.isolated > 0)
 
     def span_hidden(self, source: Tensor, rows: Tensor) -> Tensor:
         """Hidden activations of the given span units, `[T, n]`."""
@@ -494,8 +518,14 @@ class KasminaLayer(nn.Module):
         self.reset_telemetry()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a pickled leaf loses its gradient, and that is all there is to a probe
+        return {**self.__dict__, "probe": telemetry.gathered(self.probe)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        gathered = self.probe
+        self.probe = telemetry.with_gathered(torch.zeros_like(gathered), gathered)
         optimizer_guard.watch(self)
 
     def extra_repr(self) -> str:
@@ -505,3 +535,13 @@ class KasminaLayer(nn.Module):
             f"{self.geometry}, seeds={self.num_seeds}, channels={self.channels}, "
             f"hidden={self.hidden}, grafted={grafted}"
         )
+
+
+def _learning(stage: Stage) -> int:
+    if stage is Stage.TRAINING:
+        return ISOLATED
+    return TASK if stage in TRAINABLE_STAGES else 0
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from esper.seeds.blueprints import BLUEPRINTS, Geometry
 from esper.seeds.grafting import GRAFTS, GraftSignals
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.lifecycle import Transition, advance
+from esper.seeds.local_rows import is_distributed
 from esper.seeds.report import Report, SiteReport
 from esper.seeds.state import AWAKE_STAGES, BLUEPRINT, EPOCHS, STAGE, SeedState, Stage
 from esper.surgery.sites import Site, find_sites, input_features, output_channels
@@ -338,12 +339,12 @@ class Lattice:
         grads = [p.grad for p in self.host_parameters() if p.grad is not None]
         if not grads:
             return None
-        return float(nn.utils.get_total_norm(grads))
+        return float(_whole(nn.utils.get_total_norm(grads)))
 
     def _drift(self) -> float | None:
         """Relative change since the last report, on evenly spaced weights of each tensor."""
         now = [
-            p.detach().reshape(-1)[:: max(1, p.numel() // DRIFT_SAMPLES)].clone()
+            _whole(p.detach()).reshape(-1)[:: max(1, p.numel() // DRIFT_SAMPLES)].clone()
             for p in self.host_parameters()
         ]
         before, self._drift_base = self._drift_base, now
@@ -415,6 +416,15 @@ def lattice_of(model: nn.Module) -> Lattice | None:
     """The lattice of a model, also of a deep copy; None if it has none."""
     handle = model.__dict__.get(_HANDLE)
     return handle if isinstance(handle, Lattice) else None
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all shards of a sharded one, so that every process decides alike."""
+    if not is_distributed(tensor):
+        return tensor
+    sharded: Any = tensor
+    whole: Tensor = sharded.full_tensor()
+    return whole
 
 
 def _awake(layer: KasminaLayer) -> Tensor:

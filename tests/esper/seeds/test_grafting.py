@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from esper.config.run import GrowthConfig
+from esper.seeds import optimizer_guard
 from esper.seeds.grafting import GRAFTS, GraftSignals
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.state import SeedState, Stage
@@ -29,7 +30,7 @@ def ramp(strategy, ramp_steps, steps, signals=HEALTHY):
     layer.set_paces(signals, GROWTH)
     alphas = []
     for _ in range(steps):
-        layer.after_optimizer_step()
+        optimizer_guard.after_step(layer)
         alphas.append(float(layer.alpha[0]))
     assert layer.alpha[1] == 0
     return alphas
@@ -94,7 +95,7 @@ def test_a_held_graft_holds_alpha_and_goes_on_where_it_was(strategy, bad):
     for signals in (HEALTHY, replace(HEALTHY, **bad), HEALTHY):
         layer.set_paces(signals, GROWTH)
         for _ in range(5):
-            layer.after_optimizer_step()
+            optimizer_guard.after_step(layer)
         seen.append(float(layer.alpha[0]))
     assert seen == [0.5, 0.5, 1.0]
 

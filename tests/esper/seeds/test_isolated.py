@@ -6,10 +6,15 @@ from torch.nn import functional as F
 
 from esper.config.run import GrowthConfig
 from esper.seeds.blueprints import blueprint_id
-from esper.seeds.isolated import TARGET_FRAC, chunk_unexplained, span_unexplained, target_of
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.state import SeedState, Stage
 from esper_kernels import Phi
+from esper_kernels.reference.isolated import (
+    TARGET_FRAC,
+    chunk_unexplained,
+    span_unexplained,
+    target_of,
+)
 
 
 def training_layer(geometry, dtype=torch.float64, name="mlp_silu"):
@@ -174,6 +179,20 @@ def test_evaluation_trains_nothing(bench, geometry):
     b.model.eval()
     b.loss().backward()
     assert all(w.grad is None for w in b.layer.pool())
+
+
+def test_in_evaluation_only_the_task_teaches(bench, geometry):
+    """Also where a gradient is asked for, and another seed of the site is awake."""
+    b = bench("linear", geometry)
+    b.lead(0, Stage.TRAINING)
+    b.lead(1, Stage.FINE_TUNING)
+    with torch.no_grad():
+        for weights in b.layer.pool():
+            weights.normal_()
+    b.model.eval()
+    b.loss().backward()
+    moved = [w.grad.view(4, -1).any(1).tolist() for w in b.layer.pool()]
+    assert moved == [[False, True, False, False]] * 3
 
 
 def test_autocast_does_not_touch_the_objective(bench, geometry):

@@ -26,7 +26,7 @@ from esper.seeds.state import (
 )
 
 STATE_BUFFERS = ("alpha", "progress", "ramped_steps", "graft_loss", "pace")
-DERIVED = ("trainable", "ramping", "cosine", "phi", "hidden_used", "training_rows")
+DERIVED = ("trainable", "ramping", "cosine", "phi", "hidden_used", "learning")
 
 
 def busy(bench, geometry="chunk", kind="linear", **options):
@@ -167,6 +167,7 @@ class TestState:
         tensors += [*layer.parameters(), *layer.buffers()]
         assert len(tensors) > 15
         assert {t.device.type for t in tensors} == {"meta"}
+        assert layer.probe.grad.device.type == "meta"
 
     @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
     def test_a_copy_computes_the_same_and_lives_on_alone(self, bench, geometry, how):
@@ -188,7 +189,20 @@ class TestState:
         twin(b.x).square().sum().backward()
         optimizer.step()
         assert (copied.steps, b.layer.steps) == (1, 0)
+        assert b.layer.probe.grad.count_nonzero() == 0 < copied.probe.grad.count_nonzero()
         assert torch.equal(b.model(b.x), before)
+
+    @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_a_copy_keeps_what_was_measured(self, bench, geometry, copy_of):
+        b = busy(bench, geometry)
+        b.loss().backward()
+        copied = copy_of(b.layer)
+        for name, values in b.layer.telemetry().items():
+            torch.testing.assert_close(copied.telemetry()[name], values, equal_nan=True)
+        assert copied.probe.is_leaf
+        assert copied.probe.requires_grad
+        copied.reset_telemetry()
+        assert not b.layer.telemetry()["grad_energy"].isnan().any()
 
     @pytest.mark.parametrize("assign", [False, True])
     def test_a_state_dict_brings_the_masks_along(self, bench, geometry, assign):
@@ -210,7 +224,8 @@ class TestState:
         stages = [s.stage for s in b.layer.states()]
         assert b.layer.trainable.tolist() == [s in TRAINABLE_STAGES for s in stages]
         assert b.layer.ramping.tolist() == [s is Stage.GRAFTING for s in stages]
-        assert b.layer.training_rows.tolist() == [0]
+        # 2: its own objective, 1: that of the task, 0: nothing
+        assert b.layer.learning.tolist() == [2, 1, 0, 1, 0, 0]
         assert b.layer.cosine.tolist() == [False, True, False, False, False, False]
 
     def test_alpha_is_0_outside_the_grafted_stages_and_1_after_the_ramp(self, bench):
@@ -291,6 +306,38 @@ class TestTelemetry:
         y.relu_()
         y.sum().backward()
         assert not layer.telemetry()["grad_energy"].isnan().any()
+
+    def test_it_is_gathered_at_one_address(self, bench, geometry):
+        """A CUDA graph adds to the memory that it was captured with."""
+        b = bench("linear", geometry)
+        probe, address = b.layer.probe, b.layer.probe.grad.data_ptr()
+        b.lead(0, Stage.TRAINING)
+        b.train(torch.optim.SGD(b.model.parameters(), lr=0.0), 3)
+        assert probe.grad.count_nonzero() > 0
+        b.lattice.report(1.0)
+        assert probe.grad.count_nonzero() == 0
+        b.model.float()
+        assert b.layer.probe is probe
+        assert probe.grad.data_ptr() == address
+
+    @pytest.mark.parametrize("stage", [None, Stage.TRAINING, Stage.FINE_TUNING])
+    def test_a_pass_is_observed_at_every_fourth_step(self, bench, geometry, stage):
+        b = bench("linear", geometry)
+        if stage is not None:
+            b.lead(0, stage)
+        told = []
+        optimizer = torch.optim.SGD(b.model.parameters(), lr=0.0)
+        for _ in range(6):
+            b.train(optimizer, 1)
+            told.append(int(b.layer._told().passes))
+        assert told == [1, 1, 1, 1, 2, 2]
+        assert int(b.layer._told().rows) == 2 * 32
+
+    def test_a_probe_whose_gradient_was_taken_says_so(self):
+        layer = KasminaLayer(4, 2)
+        layer.probe.grad = None
+        with pytest.raises(ValueError, match=r"probe.grad must stay in place"):
+            layer.telemetry()
 
     def test_what_was_not_measured_is_nan(self):
         layer = KasminaLayer(4, 2)

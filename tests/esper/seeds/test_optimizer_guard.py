@@ -8,6 +8,7 @@ from torch import nn
 
 from esper import attach
 from esper.config.run import GrowthConfig
+from esper.seeds import optimizer_guard
 from esper.seeds.actions import Advance, Cull, Germinate, Promote
 from esper.seeds.blueprints import BLUEPRINTS
 from esper.seeds.kasmina import KasminaLayer
@@ -210,6 +211,7 @@ def test_a_pool_spread_over_several_optimizers(bench):
                if p in o.state]  # fmt: skip
     assert len(moments) == 3
     assert not any(m.any() for m in moments)
+    assert not b.layer.fresh.any()
 
 
 def test_a_plain_training_loop_with_adamw():
@@ -240,6 +242,51 @@ def test_a_plain_training_loop_with_adamw():
     assert layer.alpha.tolist() == [0, 0, 1, 0]
     assert lattice.steps == 120
     assert all(w[[0, 1, 3]].count_nonzero() == 0 for w in layer.pool())
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_step_that_is_captured_decides_nothing_on_the_host(bench, monkeypatch, name):
+    """A replay happens after other stage changes than the capture, which Python does not see."""
+    captured, eager = bench("linear", "chunk"), bench("linear", "chunk")
+    monkeypatch.setattr(optimizer_guard, "is_capturing", lambda layer: layer is captured.layer)
+    optimizers = [OPTIMIZERS[name](b.model.parameters()) for b in (captured, eager)]
+
+    def step(b, optimizer):
+        optimizer.zero_grad()
+        b.loss().backward()
+        seen = b.layer.any_fresh, b.layer.any_trainable, b.layer._any_ramping
+        if b is captured:
+            b.layer.any_fresh = b.layer.any_trainable = b.layer._any_ramping = False
+        optimizer.step()
+        if b is captured:
+            b.layer.any_fresh, b.layer.any_trainable, b.layer._any_ramping = seen
+
+    for stage in (Stage.TRAINING, Stage.GRAFTING, Stage.FINE_TUNING):
+        for b, optimizer in zip((captured, eager), optimizers, strict=True):
+            b.layer.write_states([SeedState(stage, 2), *b.layer.states()[1:]])
+            b.layer.on_enter(0, b.layer.states()[0], None)
+            if stage is Stage.TRAINING:
+                b.lead(1, Stage.FOSSILIZED)
+                b.layer.initialise(0, torch.Generator().manual_seed(0), outgoing=True)
+            for _ in range(12):
+                step(b, optimizer)
+        rows = [rows_of(b.layer, o) for b, o in zip((captured, eager), optimizers, strict=True)]
+        assert all(map(torch.equal, *rows)), stage
+        for buffer in ("alpha", "progress", "fresh", "ramped_steps"):
+            assert torch.equal(getattr(captured.layer, buffer), getattr(eager.layer, buffer))
+    assert captured.layer.alpha.tolist() == [1, 1, 0, 0]
+    # Python counts nothing while a graph is recorded, but the graph does
+    assert (captured.layer.counted_steps, eager.layer.counted_steps) == (0, 36)
+    assert captured.layer.steps == eager.layer.steps == 36
+
+
+def test_the_ramp_of_one_seed_leaves_the_progress_of_others(bench):
+    b = bench("linear", "chunk")
+    b.lattice.plant(b.site, 1, "mlp_gelu")
+    b.lead(0, Stage.GRAFTING)
+    b.train(OPTIMIZERS["adamw"](b.model.parameters()), 5)
+    assert b.layer.progress.tolist() == [0.5, 1, 0, 0]
+    assert b.layer.alpha.tolist() == [0.5, 1, 0, 0]
 
 
 def test_two_models_do_not_disturb_one_another(bench, geometry):

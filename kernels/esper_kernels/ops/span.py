@@ -1,0 +1,100 @@
+"""Spans on a GPU: values and every gradient of all units of a site.
+
+Shapes: T = rows, I = input features, O = output features, S = units.
+Formulas: `esper_kernels.reference.span`; isolated units: the energy of the target that unit n
+leaves, `|t|^2 - 2 (h_n^T t) . w_n + |h_n|^2 |w_n|^2` over `|t|^2`, needs only sums over rows.
+"""
+
+import torch
+from torch import Tensor
+
+from esper_kernels.ops import dense
+from esper_kernels.ops.statistics import column_statistics
+from esper_kernels.ops.units import column_squares, finish_units, pack, plan
+
+RECONSTRUCTION = 1
+
+
+def forward(
+    x_TI: Tensor, z_TO: Tensor, w_in_SI: Tensor, b_S: Tensor, w_out_SO: Tensor, alpha_S: Tensor,
+    phi_S: Tensor, observe: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`y = z + sum_s alpha_s * phi_s(x . w_in_s + b_s) * w_out_s`.
+
+    Args:
+        x_TI: Input of the span, `[T, I]`; bf16, fp16 or fp32.
+        z_TO: Output of the span, `[T, O]`.
+        w_in_SI: Incoming weights, `[S, I]`.
+        b_S: Biases, `[S]`.
+        w_out_SO: Outgoing weights, `[S, O]`.
+        alpha_S: Blend weights, `[S]`, fp32.
+        phi_S: Codes of elementwise functions, `[S]`, int32.
+        observe: Whether to sum up z.
+
+    Returns:
+        `[T, O]` in the dtype of z; and of each column of z the sum, the sum of squares and the
+        number of values below 1e-6, `[3, O]`, fp32 (`[3, 0]` without `observe`).
+    """
+    dtype = torch.promote_types(x_TI.dtype, z_TO.dtype)
+    x, z = x_TI.to(dtype).contiguous(), z_TO.to(dtype).contiguous()
+    align = dense.unit_align(dtype, len(w_in_SI), backward=False)
+    units = plan(alpha_S, None, None, len(w_in_SI), align)
+    w_in, _ = pack(units, w_in_SI[None], dtype)
+    w_out, _ = pack(units, w_out_SO[None], dtype)
+    u = dense.hidden_forward(units, x, w_in, b_S, alpha_S, phi_S)
+    y = dense.project(units, u, w_out, z)
+    # a pass of its own reads at memory speed; in the product's epilogue it took three times that
+    stats = column_statistics(z) if observe else b_S.new_empty(3, 0)
+    return y.to(z_TO.dtype), stats
+
+
+def backward(
+    dy_TO: Tensor, x_TI: Tensor, z_TO: Tensor, z_sq: Tensor, w_in_SI: Tensor, b_S: Tensor,
+    w_out_SO: Tensor, alpha_S: Tensor, phi_S: Tensor, learning_S: Tensor, objective: int,
+    observe: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the task, and of the isolated objective for units that train on it.
+
+    Args:
+        dy_TO: Gradient of y, and so of z, `[T, O]`.
+        x_TI: See `forward`; also the weights, alpha and codes.
+        z_TO: The span's output for the objective reconstruction; else `[0]`.
+        z_sq: Sum of the squares of z, 0-dim fp32.
+        w_in_SI: See `forward`.
+        b_S: See `forward`.
+        w_out_SO: See `forward`.
+        alpha_S: See `forward`.
+        phi_S: See `forward`.
+        learning_S: 0: no gradient for the weights; 1: of the task; 2: isolated. `[S]`, int32.
+        objective: 0 desired update, 1 reconstruction.
+        observe: Whether to sum up dy.
+
+    Returns:
+        dx `[T, I]`, gradients of w_in, b and w_out, of alpha `[S]` fp32; sums of dy^2 by column
+        `[O]` (`[0]` without `observe`); share that each isolated unit explains `[S]`, else 0.
+    """
+    dtype = torch.promote_types(x_TI.dtype, dy_TO.dtype)
+    x, dy = x_TI.to(dtype).contiguous(), dy_TO.to(dtype).contiguous()
+    reconstruct = objective == RECONSTRUCTION
+    other = z_TO.to(dtype).contiguous() if reconstruct else None
+    align = dense.unit_align(dtype, len(w_in_SI), backward=True)
+    units = plan(alpha_S, learning_S, None, len(w_in_SI), align)
+    w_in, _ = pack(units, w_in_SI[None], dtype)
+    w_out, norm_sq = pack(units, w_out_SO[None], dtype, norm=True)
+    grad_sq = column_squares(dy, units, always=observe)
+    energies = z_sq, grad_sq.sum()
+
+    h = dense.hidden_forward(units, x, w_in, b_S, alpha_S, phi_S, dense.Which.ALL)
+    dz, partial = dense.hidden_backward(
+        units, h, dy, other, w_out, alpha_S, phi_S, norm_sq, *energies, reconstruct
+    )
+    of_units = finish_units(units, partial, alpha_S, norm_sq, *energies, reconstruct)
+    dx = dense.project(units, dz, w_in, None)
+    d_in = dense.weight_grad(units, dz, x, None, of_units.gain_in, w_in_SI[None])
+    d_out = dense.weight_grad(
+        units, h, dy, other, of_units.gain_out, w_out_SO[None], of_units.ridge
+    )
+    return (
+        dx.to(x_TI.dtype), d_in[0], of_units.d_bias.to(b_S.dtype), d_out[0], of_units.agreement,
+        grad_sq if observe else grad_sq.new_empty(0), of_units.explained,
+    )  # fmt: skip
