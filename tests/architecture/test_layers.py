@@ -16,6 +16,8 @@ LAYERS = (
     # `esper` alone is the package root, which offers what stands before it
     *("esper.evidence", "esper.trial", "esper.tracking", "esper"),
     *("esper_experiments", "esper_serve", "esper.cli", "esper_experiments.entry"),
+    # scripts, no package: they import each other by bare name
+    "benchmarks",
 )
 MAY_IMPORT_RAY = ("esper_experiments", "esper_serve")
 KERNELS_MAY_IMPORT = {"esper_kernels", "torch", "triton", "numpy", *sys.stdlib_module_names}
@@ -73,11 +75,12 @@ def imports_of_ray(source: Path) -> list[str]:
 
 
 def foreign_imports_of_kernels(source: Path) -> list[str]:
+    scripts = {path.stem for path in source.glob("benchmarks/*.py")}
     return [
         f"{module} imports {name}"
         for module, path in modules_of(source)
         for name in imports_of(path)
-        if name.partition(".")[0] not in KERNELS_MAY_IMPORT
+        if name.partition(".")[0] not in KERNELS_MAY_IMPORT | scripts
     ]
 
 
