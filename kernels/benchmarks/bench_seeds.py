@@ -59,6 +59,9 @@ MODES: dict[str, Mode] = {
 # largest |out - ref| / |ref| over all, and largest single error over the largest value
 NORM_LIMIT = {"bf16": 2e-2, "fp16": 1e-2, "fp32": 1e-3}
 MAX_LIMIT = {"bf16": 1e-1, "fp16": 5e-2, "fp32": 1e-2}
+# where x or a weight is rounded across the kink of a ReLU, its whole gradient comes or goes; in
+# bf16, plain PyTorch is 0.03 off in norm there
+KINK_LIMIT = {"bf16": (6e-2, 0.6), "fp16": (2e-2, 0.6), "fp32": (1e-3, 0.6)}
 # a graph of more than this would take longer to capture than it is worth
 MAX_REPLAYED_US = 50_000
 
@@ -215,7 +218,10 @@ class Bench:
             largest = _worse(largest, _ratio(error.abs().max(), ref.abs().max()))
         errors = {"error_norm": norm, "error_max": largest}
         # NaN is not below any limit
-        if not (norm <= NORM_LIMIT[case.dtype] and largest <= MAX_LIMIT[case.dtype]):
+        limits = NORM_LIMIT[case.dtype], MAX_LIMIT[case.dtype]
+        if case.mode in ("backward", "isolated", "span backward") and case.phi in ("relu", "mixed"):
+            limits = KINK_LIMIT[case.dtype]
+        if not (norm <= limits[0] and largest <= limits[1]):
             return {k: str(v) if v != v else v for k, v in errors.items()} | {
                 "failed": f"wrong result: error {norm:.2g} in norm, {largest:.2g} at most"
             }

@@ -18,6 +18,7 @@ from esper_kernels.ops.tiles import (
     GELU,
     GLU,
     LINEAR,
+    MIXED,
     RARE,
     RELU,
     SILU,
@@ -68,7 +69,7 @@ def _backward_rows(
                 h = tl.maximum(z, 0.0)
                 dz = tl.where(z > 0, dh, 0.0)
             elif MODE == GELU:
-                h, slope = gelu_and_slope(z)
+                h, slope = gelu_and_slope(z, FAST)
                 dz = dh * slope
             elif MODE == SILU:
                 h, slope = silu_and_slope(z, FAST)
@@ -148,7 +149,7 @@ def backward_kernel(
         to_w1 = part_w1_ptr + start.to(tl.int64) * 2 * size + to_w1
         to_w2 = part_w2_ptr + start.to(tl.int64) * 2 * size + to_w2
         to_b1 = part_b1_ptr + start.to(tl.int64) * 2 * S * H + seed * H + k
-        if way == 1:
+        if way == RELU:
             dw1, db1, dw2, _h, _i, _j, g_square, _k = _backward_rows(
                 dy_ptr, x_ptr, dx_ptr, T, D, start, step, w1, b1, w2, code, 0, none, live,
                 zero, column, valid, RELU, WIDTH, N, BT, GROUP, FULL, OBSERVE, DOT, FAST,
@@ -156,7 +157,7 @@ def backward_kernel(
             tl.store(to_w1, dw1, mask=mine)
             tl.store(to_b1, db1, mask=there)
             tl.store(to_w2, dw2, mask=mine)
-        elif way == 2:
+        elif way == GELU:
             dw1, db1, dw2, _h, _i, _j, g_square, _k = _backward_rows(
                 dy_ptr, x_ptr, dx_ptr, T, D, start, step, w1, b1, w2, code, 0, none, live,
                 zero, column, valid, GELU, WIDTH, N, BT, GROUP, FULL, OBSERVE, DOT, FAST,
@@ -164,7 +165,7 @@ def backward_kernel(
             tl.store(to_w1, dw1, mask=mine)
             tl.store(to_b1, db1, mask=there)
             tl.store(to_w2, dw2, mask=mine)
-        elif way == 3:
+        elif way == SILU:
             dw1, db1, dw2, _h, _i, _j, g_square, _k = _backward_rows(
                 dy_ptr, x_ptr, dx_ptr, T, D, start, step, w1, b1, w2, code, 0, none, live,
                 zero, column, valid, SILU, WIDTH, N, BT, GROUP, FULL, OBSERVE, DOT, FAST,
@@ -172,10 +173,18 @@ def backward_kernel(
             tl.store(to_w1, dw1, mask=mine)
             tl.store(to_b1, db1, mask=there)
             tl.store(to_w2, dw2, mask=mine)
-        elif way == 4:
+        elif way == LINEAR:
             dw1, db1, dw2, _h, _i, _j, g_square, _k = _backward_rows(
                 dy_ptr, x_ptr, dx_ptr, T, D, start, step, w1, b1, w2, code, 0, none, live,
                 zero, column, valid, LINEAR, WIDTH, N, BT, GROUP, FULL, OBSERVE, DOT, FAST,
+                PRECISION, STAGES)  # fmt: skip
+            tl.store(to_w1, dw1, mask=mine)
+            tl.store(to_b1, db1, mask=there)
+            tl.store(to_w2, dw2, mask=mine)
+        elif way == MIXED:
+            dw1, db1, dw2, _h, _i, _j, g_square, _k = _backward_rows(
+                dy_ptr, x_ptr, dx_ptr, T, D, start, step, w1, b1, w2, code, 0, none, live,
+                zero, column, valid, MIXED, WIDTH, N, BT, GROUP, FULL, OBSERVE, DOT, FAST,
                 PRECISION, STAGES)  # fmt: skip
             tl.store(to_w1, dw1, mask=mine)
             tl.store(to_b1, db1, mask=there)

@@ -18,6 +18,7 @@ from esper_kernels.ops.tiles import (
     GELU,
     GLU,
     LINEAR,
+    MIXED,
     RARE,
     RELU,
     SILU,
@@ -95,7 +96,7 @@ def _forward_tile(
         if MODE == RELU:
             h = tl.maximum(z, 0.0)
         elif MODE == GELU:
-            h = gelu(z)
+            h = gelu(z, FAST)
         elif MODE == SILU:
             h = silu(z, FAST)
         elif MODE == LINEAR:
@@ -180,7 +181,8 @@ def forward_kernel(
             tile + 1, w1_ptr, b1_ptr, w2_ptr, alpha_ptr, phi_ptr, hidden_ptr, S, C, H, P, WIDTH,
             N, DOT)  # fmt: skip
         same = (way == right[7]) | (way == COPY) | (right[7] == COPY)
-        way = tl.where(same, tl.maximum(way, right[7]), RARE)
+        mixed = tl.where((way == RARE) | (right[7] == RARE), RARE, MIXED)
+        way = tl.where(same, tl.maximum(way, right[7]), mixed)
     if way == COPY:
         _forward_rows(x_ptr, y_ptr, stats_ptr, T, D, left, right, 0, 0, COPY, PAIR, WIDTH, BT,
                       GROUP, FULL, OBSERVE, DOT, FAST, PRECISION, STAGES)  # fmt: skip
@@ -195,6 +197,9 @@ def forward_kernel(
                       GROUP, FULL, OBSERVE, DOT, FAST, PRECISION, STAGES)  # fmt: skip
     elif way == LINEAR:
         _forward_rows(x_ptr, y_ptr, stats_ptr, T, D, left, right, 0, 0, LINEAR, PAIR, WIDTH, BT,
+                      GROUP, FULL, OBSERVE, DOT, FAST, PRECISION, STAGES)  # fmt: skip
+    elif way == MIXED:
+        _forward_rows(x_ptr, y_ptr, stats_ptr, T, D, left, right, 0, 0, MIXED, PAIR, WIDTH, BT,
                       GROUP, FULL, OBSERVE, DOT, FAST, PRECISION, STAGES)  # fmt: skip
     else:
         rare_left = _forward_rare(

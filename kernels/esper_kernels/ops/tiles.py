@@ -26,8 +26,8 @@ CODE_IDENTITY = tl.constexpr(int(Phi.IDENTITY))
 CODE_RELU = tl.constexpr(int(Phi.RELU))
 CODE_GELU = tl.constexpr(int(Phi.GELU))
 CODE_SILU = tl.constexpr(int(Phi.SILU))
-# the ways of a tile: no seed awake; one function for all that are awake; anything else
-COPY, RELU, GELU, SILU, LINEAR, RARE = (tl.constexpr(i) for i in range(6))
+# the ways of a tile: no seed awake; one function for all that are awake; several; any at all
+COPY, RELU, GELU, SILU, LINEAR, MIXED, RARE = (tl.constexpr(i) for i in range(7))
 # what a seed learns
 TASK, ISOLATED = tl.constexpr(1), tl.constexpr(2)
 
@@ -59,7 +59,8 @@ def way_of(code, counts, special):
     # with no unit that counts, any way will do
     way = tl.where(gelu > 0, GELU, tl.where(silu > 0, SILU, LINEAR))
     way = tl.where(relu > 0, RELU, way)
-    return tl.where((relu + gelu + silu + linear > 1) | (special > 0), RARE, way)
+    way = tl.where(relu + gelu + silu + linear > 1, MIXED, way)
+    return tl.where(special > 0, RARE, way)
 
 
 @triton.jit

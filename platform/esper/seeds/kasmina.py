@@ -349,8 +349,10 @@ class KasminaLayer(nn.Module):
     def _run_rows(
         self, rows: Tensor, source: Tensor | None, learning: bool, observe: bool
     ) -> Tensor:
-        # seeds learn alone only while the model trains
-        learns = self.learning if learning else self.learning * (self.learning == TASK)
+        learns = self.learning
+        if not learning and torch.is_grad_enabled():
+            # seeds learn alone only while the model trains
+            learns = learns * (learns == TASK)
         options = _Options(
             learning_S=learns, probe=self.probe if learning else None, objective=self.objective,
             observe=observe, plain=self._plain,
