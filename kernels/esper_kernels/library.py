@@ -31,7 +31,7 @@ from esper_kernels.reference import span as reference_span
 from esper_kernels.reference import statistics as reference_statistics
 from esper_kernels.reference.backward import ISOLATED
 from esper_kernels.reference.isolated import OBJECTIVES
-from esper_kernels.support import fits_a_tile
+from esper_kernels.support import WIDE_CHUNKS, fits_a_tile
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -71,6 +71,10 @@ def use_triton(x: Tensor, weights: Tensor, plain: bool) -> bool:
     from esper_kernels.ops import dispatch
 
     return dispatch.use_triton(x)
+
+
+def _served(w1: Tensor, dtype: torch.dtype) -> bool:
+    return WIDE_CHUNKS or fits_a_tile(w1.shape[1], w1.shape[2], dtype)
 
 
 def _chunk_kernels(w1: Tensor, dtype: torch.dtype) -> Any:
@@ -131,7 +135,7 @@ def _chunk_forward(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, phi: Tensor, hidden: Tensor,
     learning: Tensor, probe: Tensor | None, objective: int, observe: bool, plain: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if use_triton(x, w1, plain):
+    if use_triton(x, w1, plain or not _served(w1, x.dtype)):
         kernels = _chunk_kernels(w1, x.dtype)
         pool = _wide(w1, b1, w2)
         y, stats = _launch(kernels.forward, x, *pool, alpha, phi, hidden, observe)
@@ -145,7 +149,7 @@ def _chunk_backward(
     dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, phi: Tensor,
     hidden: Tensor, learning: Tensor, stats: Tensor, objective: int, observe: bool, plain: bool,
 ) -> Gradients:  # fmt: skip
-    if use_triton(x, w1, plain):
+    if use_triton(x, w1, plain or not _served(w1, x.dtype)):
         kernels = _chunk_kernels(w1, x.dtype)
         dx, *grads, dalpha, grad_sq, explained = _launch(
             kernels.backward, dy, x, *_wide(w1, b1, w2), alpha, phi, hidden, learning,

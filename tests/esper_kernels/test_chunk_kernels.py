@@ -182,3 +182,26 @@ def test_what_a_linear_seed_could_explain_is_all_of_a_linear_wish():
 def test_moments_of_what_does_not_fit_are_refused(dy, num_seeds, match):
     with pytest.raises(ValueError, match=match):
         chunk_moments(torch.zeros(4, 6), dy, num_seeds)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_more_than_2_to_the_31_elements():
+    T = 2**19 + 70
+    _, *rest = make(8, 1024, 4, 4, torch.bfloat16, kinds=KINDS)
+    x = torch.randn(T, 4096, device=DEVICE, dtype=torch.bfloat16)
+    y, stats = chunk.forward(x, *rest[:-1], True)
+    dx, *grads = chunk.backward(x, x, *rest, 0, True)
+    parts = []
+    for rows in x.tensor_split(8):
+        mine, sums = chunk.forward(rows, *rest[:-1], True)
+        parts.append([sums, *chunk.backward(rows, rows, *rest, 0, True)])
+        at = rows.storage_offset() // 4096
+        assert torch.equal(y[at : at + len(rows)], mine)
+        assert torch.equal(dx[at : at + len(rows)], parts[-1].pop(1))
+    totals = [torch.stack(each).double().sum(0) for each in zip(*parts, strict=True)]
+    # the isolated gradients are shares of a whole batch, so they do not add up
+    task = rest[-1] != 2
+    assert error(stats, totals[0]) < 1e-5
+    for whole, total in zip(grads[:4], totals[1:5], strict=True):
+        assert error(whole[task], total[task]) < 1e-3
+    assert error(grads[4], totals[5]) < 1e-5

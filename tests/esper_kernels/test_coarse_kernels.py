@@ -40,7 +40,9 @@ class Case:
 
         fate = [fates[s % len(fates)] for s in range(S)]
         self.x, self.dy = draw(T, S * C).to(dtype), draw(T, S * C).to(dtype)
-        self.pool = draw(S, C, H) / C**0.5, draw(S, H), draw(S, H, C) / H**0.5
+        # exact in the dtype: rounded weights move z across ReLU's kink, where slopes jump by 1
+        w1, b1, w2 = draw(S, C, H) / C**0.5, draw(S, H), draw(S, H, C) / H**0.5
+        self.pool = w1.to(dtype).float(), b1, w2.to(dtype).float()
         awake, isolated = [f in "af" for f in fate], [f == "i" for f in fate]
         self.awake = torch.tensor(awake, device=DEVICE)
         self.isolated = torch.tensor(isolated, device=DEVICE)

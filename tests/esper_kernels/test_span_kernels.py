@@ -40,7 +40,10 @@ class Case:
             return torch.randn(*shape, generator=g, device=DEVICE)
 
         self.x, self.z, self.dy = (draw(T, n).to(dtype) for n in (I, O, O))
-        self.w_in, self.b, self.w_out = draw(S, I) / I**0.5, draw(S), draw(S, O) / S**0.5
+        # exact in the dtype: rounded weights move z across ReLU's kink, where slopes jump by 1
+        w_in, w_out = (draw(S, n) / k**0.5 for n, k in ((I, I), (O, S)))
+        self.w_in, self.w_out = w_in.to(dtype).float(), w_out.to(dtype).float()
+        self.b = draw(S)
         fate = torch.rand(S, generator=g, device=DEVICE)
         if awake:
             fate[-1] = 0.0
