@@ -12,8 +12,9 @@ MAX_CHUNK = 128
 MAX_TILE = 16384
 
 
-# the kernels of wide chunks are right under the interpreter, but a test of them in fp32 ended in an
-# illegal access on an H200; until the cause is known, wide chunks take the plain implementation
+# the kernels of wide chunks are right under the interpreter, but after a test of them in fp32 every
+# CUDA call of the process failed, on an H200, as after an illegal access; until the cause is known,
+# wide chunks take the plain implementation
 WIDE_CHUNKS = False
 
 
