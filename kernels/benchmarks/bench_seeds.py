@@ -236,24 +236,27 @@ def compile_all(planned: Iterable[plan.Planned], only: set[str] | None, jobs: in
     rows = [(case, p) for case, providers in planned for p in providers if p != "legacy"]
     rows = [(case, p) for case, p in rows if not only or {case.mode, case.mode.split()[0]} & only]
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        done = sum(pool.map(_compile, rows))
+        reasons = [reason for reason in pool.map(_compile, rows) if reason]
+    for reason in reasons:
+        print(reason, file=sys.stderr)
+    done = len(rows) - len(reasons)
     print(f"compiled {done} of {len(rows)} rows in {jobs} processes", flush=True)
 
 
-def _compile(row: tuple[Case, str]) -> bool:
+def _compile(row: tuple[Case, str]) -> str:
     case, provider = row
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         with force_triton():
             MODES[case.mode].call(case, provider, MODES[case.mode].inputs(case, device))()
             synchronize()
-    except Exception:
-        return False
+    except Exception as error:
+        return f"{case} {provider}: {type(error).__name__}: {str(error)[:200]}"
     finally:
         forget_compiled()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return True
+    return ""
 
 
 def poisoned(call: Call) -> Any:

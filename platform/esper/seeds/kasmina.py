@@ -198,10 +198,6 @@ class KasminaLayer(nn.Module):
         """Incoming weights, biases and outgoing weights of all seeds, seeds first."""
         return self.w_in, self.bias, self.w_out
 
-    def trainable_like(self, tensor: Tensor) -> Tensor:
-        """Mask of the rows that may move, broadcastable to a `[S, ...]` tensor."""
-        return self.trainable.view(-1, *[1] * (tensor.ndim - 1))
-
     def states(self) -> list[SeedState]:
         """The state of every seed; one device read."""
         rows = self.state.tolist()
