@@ -177,6 +177,12 @@ def call(scale: Scale, device: torch.device) -> Iterator[Row]:
             compiled = torch.compile(layer, fullgraph=True, backend=scale.backend)
             yield {"variant": "compile", "mode": mode, "us": _from_python(partial(compiled, x))}
             if device.type == "cuda":
+                with_graph = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+                yield {
+                    "variant": "compile, reduce-overhead",
+                    "mode": mode,
+                    "us": _from_python(partial(with_graph, x)),
+                }
                 replay = _captured(partial(layer, x))
                 yield {"variant": "graph", "mode": mode, "us": _from_python(replay)}
 

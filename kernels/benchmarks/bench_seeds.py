@@ -73,7 +73,7 @@ def main() -> int:
         return _refuse("TRITON_INTERPRET=1 must be set to smoke-test the kernels without a GPU.")
     if not args.smoke and not torch.cuda.is_available():
         return _refuse("a CUDA device is needed; --smoke tests the script without one.")
-    tests = "skipped on request" if args.skip_tests else run_tests()
+    tests = "skipped on request" if args.skip_tests else run_tests(args.jobs)
     document = provenance("seeds") | {"smoke": args.smoke, "tests": tests, "rows": []}
     if tests.startswith("failed"):
         return _refuse(f"the kernels' tests must pass before anything is timed, but {tests}.")
@@ -269,12 +269,14 @@ def poisoned(call: Call) -> Any:
         torch.use_deterministic_algorithms(False)
 
 
-def run_tests() -> str:
-    """Run the kernels' tests in a process of their own; the last line of what they say."""
+def run_tests(jobs: int) -> str:
+    """Run the kernels' tests in so many processes (0: one); the last line of what they say."""
     folder = ROOT / "tests/esper_kernels"
     command = [sys.executable, "-m", "pytest", str(folder), "-q", "-x", "-p", "no:cacheprovider"]
     # the tests of the benchmarks would run this script again
     command += ["--ignore", str(folder / "test_benchmarks.py")]
+    if jobs:
+        command += ["-n", str(jobs), "--dist", "worksteal"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["nothing"]
     if done.returncode:
@@ -332,7 +334,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--plan", choices=("full", "goals", "quick"), default="full", help="how many cases"
     )
-    parser.add_argument("--jobs", type=int, default=0, help="processes that compile beforehand")
+    parser.add_argument(
+        "--jobs", type=int, default=0, help="processes that test, and compile beforehand"
+    )
     modes = set(MODES) | {"span"}
     parser.add_argument(
         "--only", type=lambda text: set(text.split(",")), help=f"modes: {', '.join(sorted(modes))}"

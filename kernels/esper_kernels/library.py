@@ -31,7 +31,7 @@ from esper_kernels.reference import span as reference_span
 from esper_kernels.reference import statistics as reference_statistics
 from esper_kernels.reference.backward import ISOLATED
 from esper_kernels.reference.isolated import OBJECTIVES
-from esper_kernels.support import WIDE_CHUNKS, fits_a_tile
+from esper_kernels.support import fits_a_tile
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -73,10 +73,6 @@ def use_triton(x: Tensor, weights: Tensor, plain: bool) -> bool:
     return dispatch.use_triton(x)
 
 
-def _served(w1: Tensor, dtype: torch.dtype) -> bool:
-    return WIDE_CHUNKS or fits_a_tile(w1.shape[1], w1.shape[2], dtype)
-
-
 def _chunk_kernels(w1: Tensor, dtype: torch.dtype) -> Any:
     from esper_kernels.ops import chunk, coarse
 
@@ -90,11 +86,6 @@ def _launch(kernels: Callable[..., Any], x: Tensor, *args: Any) -> Any:
         with torch.cuda.device(x.device):
             return kernels(*args)
     return kernels(*args)
-
-
-def _whole(stats: Tensor) -> Tensor:
-    """Statistics of all rows; a launcher may give one partial sum a program."""
-    return stats if stats.ndim == 2 else stats.sum(0)
 
 
 def _wide(*weights: Tensor) -> tuple[Tensor, ...]:
@@ -135,11 +126,11 @@ def _chunk_forward(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, phi: Tensor, hidden: Tensor,
     learning: Tensor, probe: Tensor | None, objective: int, observe: bool, plain: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if use_triton(x, w1, plain or not _served(w1, x.dtype)):
+    if use_triton(x, w1, plain):
         kernels = _chunk_kernels(w1, x.dtype)
         pool = _wide(w1, b1, w2)
         y, stats = _launch(kernels.forward, x, *pool, alpha, phi, hidden, observe)
-        return y, _whole(stats)
+        return y, stats
     with _exact(x):
         y = reference_chunk.chunk_seeds(x, w1, b1, w2, alpha, phi, hidden)
         return _own(y, x), _statistics(x, observe)
@@ -149,7 +140,7 @@ def _chunk_backward(
     dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, phi: Tensor,
     hidden: Tensor, learning: Tensor, stats: Tensor, objective: int, observe: bool, plain: bool,
 ) -> Gradients:  # fmt: skip
-    if use_triton(x, w1, plain or not _served(w1, x.dtype)):
+    if use_triton(x, w1, plain):
         kernels = _chunk_kernels(w1, x.dtype)
         dx, *grads, dalpha, grad_sq, explained = _launch(
             kernels.backward, dy, x, *_wide(w1, b1, w2), alpha, phi, hidden, learning,
@@ -177,7 +168,7 @@ def _span_forward(
         # under autocast, the span's input may be wider than its output
         x = x.to(z.dtype)
         y, stats = _launch(span.forward, x, z, *_wide(w_in, b, w_out), alpha, phi, observe)
-        return y, _whole(stats)
+        return y, stats
     with _exact(x):
         y = reference_span.span_seeds(from_host, z, w_in, b, w_out, alpha, phi)
         return _own(y, z), _statistics(z, observe)

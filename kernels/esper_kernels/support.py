@@ -12,12 +12,6 @@ MAX_CHUNK = 128
 MAX_TILE = 16384
 
 
-# the kernels of wide chunks are right under the interpreter, but after a test of them in fp32 every
-# CUDA call of the process failed, on an H200, as after an illegal access; until the cause is known,
-# wide chunks take the plain implementation
-WIDE_CHUNKS = False
-
-
 def fits_a_tile(C: int, H: int, dtype: torch.dtype) -> bool:
     """Whether chunks of C channels with H hidden units are fine enough to share tiles.
 

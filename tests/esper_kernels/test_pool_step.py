@@ -177,13 +177,14 @@ def test_ramps_end_at_exactly_1_and_other_seeds_are_left_alone(implementation):
     ramp.ramped_steps.zero_()
     others = ramp.ramping == 0
     before = copy.deepcopy(ramp)
-    # a third of a step has no exact fp32
-    ramp = ramp._replace(ramp_steps=7, pace=torch.full_like(ramp.pace, 1.0))
-    for done in range(1, 9):
+    # 49 times the fp32 reciprocal of 49 is below 1
+    steps = 49
+    ramp = ramp._replace(ramp_steps=steps, pace=torch.full_like(ramp.pace, 1.0))
+    for done in range(1, steps + 2):
         step_on(implementation)(mine[0], mine[1], ramp, RULES["sgd"])
         linear = ~others & ~ramp.cosine
         assert torch.equal(
-            ramp.alpha[linear], torch.full_like(ramp.alpha[linear], min(done / 7, 1.0))
+            ramp.alpha[linear], torch.full_like(ramp.alpha[linear], min(done / steps, 1.0))
         )
     assert torch.equal(ramp.alpha[~others], torch.ones_like(ramp.alpha[~others]))
     for field in ("alpha", "progress", "ramped_steps"):

@@ -13,7 +13,8 @@ from esper_kernels.reference.span import span_hidden, span_seeds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRET, reason="needs a GPU")
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# 16 bits: of a sum over 33 rows of rounded values, as dalpha of the only unit of a site
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 DTYPES = [torch.float32] if INTERPRET else list(TOLERANCE)
 # T, I, O, S: one tile, edges on every side, one unit, several tiles of everything
 SHAPES = [(33, 7, 5, 1), (40, 17, 33, 70)]

@@ -25,8 +25,10 @@ from esper_kernels.ops.tiles import (
     by_group,
     diagonal_of,
     incoming,
+    no_sums,
     outgoing,
     owners_of,
+    sum_over_rows,
     units_of,
     way_of,
 )
@@ -83,14 +85,15 @@ def _forward_tile(
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
     xf = x.to(tl.float32)
     if OBSERVE:
-        total = by_group(xf, BT, GROUP, WIDTH)
-        square = by_group(xf * xf, BT, GROUP, WIDTH)
+        total = sum_over_rows(x, xf, BT, GROUP, WIDTH, DOT)
+        square = sum_over_rows(x * x, xf * xf, BT, GROUP, WIDTH, DOT)
         dead = by_group(is_dead(xf), BT, GROUP, WIDTH)
     else:
-        total = tl.zeros([GROUP, WIDTH], tl.float32)
-        square, dead = total, total
+        total = no_sums(GROUP, WIDTH, DOT)
+        square, dead = total, tl.zeros([GROUP, WIDTH], tl.float32)
+    # the L2 cache is left to what is read: `.cs` marks what is written once as first to go
     if MODE == COPY:
-        tl.store(y_ptr + offsets, x, mask=mask)
+        tl.store(y_ptr + offsets, x, mask=mask, cache_modifier=".cs")
     else:
         z = tl.dot(x.to(DOT), w1, input_precision=PRECISION) + b1[None, :]
         if MODE == RELU:
@@ -112,7 +115,7 @@ def _forward_tile(
             delta += xf * scale[None, :] + shift[None, :]
         # a sleeping seed's channels keep their very bits: x + -0.0 is x also where x is -0.0
         y = xf + tl.where(live[None, :], delta, -0.0)
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
     return total, square, dead
 
 
@@ -126,11 +129,11 @@ def _forward_rows(
     start, step = tl.program_id(1), tl.num_programs(1)
     column, valid, live, code, w1, b1, w2, _way = left
     column_r, valid_r, live_r, code_r, w1_r, b1_r, w2_r, _way_r = right
-    total = tl.zeros([GROUP, WIDTH], tl.float32)
-    square = tl.zeros([GROUP, WIDTH], tl.float32)
+    total = no_sums(GROUP, WIDTH, DOT)
+    square = no_sums(GROUP, WIDTH, DOT)
     dead = tl.zeros([GROUP, WIDTH], tl.float32)
-    total_r = tl.zeros([GROUP, WIDTH], tl.float32)
-    square_r = tl.zeros([GROUP, WIDTH], tl.float32)
+    total_r = no_sums(GROUP, WIDTH, DOT)
+    square_r = no_sums(GROUP, WIDTH, DOT)
     dead_r = tl.zeros([GROUP, WIDTH], tl.float32)
     row = tl.arange(0, BT)
     for block in tl.range(start, tl.cdiv(T, BT), step, num_stages=STAGES):

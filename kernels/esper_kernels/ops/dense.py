@@ -28,7 +28,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from esper_kernels.ops.dispatch import INTERPRET
 from esper_kernels.ops.phi import activate, activate_and_slope
-from esper_kernels.ops.units import Units, read_ranges, sum_rows, target_scale
+from esper_kernels.ops.statistics import sum_rows
+from esper_kernels.ops.units import Units, read_ranges, target_scale
 
 
 class Which(IntEnum):
@@ -84,16 +85,18 @@ def tile_for(kernel: str, dtype: torch.dtype, units: int) -> Tile:
         # three tf32 products for each fp32 one keep their splits in registers
         return Tile(64, 32 if narrow else 64, 32, 4, 2, per_sm=2)
     match kernel:
-        case "hidden_forward" | "hidden_backward":
-            return Tile(128, slots, 64, 8, 3, flatten=True)
+        case "hidden_forward":
+            return Tile(128 if slots < 128 else 256, min(128, slots), 64, 8, 4, flatten=True)
+        case "hidden_backward":
+            return Tile(128, slots, 64, 8, 4)
         case "hidden_narrow":
             return Tile(128, 64, 64, 8, 6)
         case "project":
-            return Tile(128, 256, 64, 8, 4)
+            return Tile(128, 128, 64, 4, 3, per_sm=2, flatten=True)
         case "project_alone":
             return Tile(128, 256, 64, 8, 3, flatten=True)
         case "project_narrow":
-            return Tile(64, 128, 64, 4, 1, per_sm=3)
+            return Tile(128, 64, 64, 4, 1, per_sm=3)
     return Tile(min(128, slots), 256, 64, 8, 4)
 
 
@@ -134,7 +137,9 @@ def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def _operands(
-    *operands: tuple[Tensor, int, int], group_cols: tuple[int, int] | None = None
+    *operands: tuple[Tensor, int, int],
+    group_cols: tuple[int, int] | None = None,
+    first_cols: int = 0,
 ) -> tuple[list[TensorDescriptor | Tensor], bool]:
     """Matrices as descriptors for the bulk copy engine if all of them qualify, else as they are.
 
@@ -142,8 +147,11 @@ def _operands(
         *operands: Matrix and the rows and columns of its tile.
         group_cols: Columns of one of several groups, and the width of a tile that must not reach
             into the next group.
+        first_cols: Tiles begin at multiples of this many columns, and at whole tiles from there.
     """
     fits = not INTERPRET and (group_cols is None or group_cols[0] % group_cols[1] == 0)
+    # an H200 stops with an illegal instruction where a tile begins within a 16-byte word
+    fits &= all(first_cols * matrix.element_size() % 16 == 0 for matrix, _, _ in operands)
     for matrix, _, _ in operands:
         pitch = matrix.stride(0) * matrix.element_size()
         fits &= matrix.numel() > 0 and matrix.data_ptr() % 16 == 0 and pitch % 16 == 0
@@ -775,7 +783,10 @@ def weight_grad(
     )
     by_rows = weights_GNK.stride(2) == 1
     for source, which in _sources(q, other):
-        operands, tma = _operands((p, tile.depth, slots), (source, tile.depth, cols))
+        operands, tma = _operands(
+            (p, tile.depth, slots), (source, tile.depth, cols),
+            first_cols=K if units.groups > 1 else 0,
+        )  # fmt: skip
         _weight_grad[(programs, units.groups)](
             *operands, units.ranges, units.unit_of, gain, ridge, weights_GNK, grad, partial,
             T, units.units, K, source.stride(0), *weights_GNK.stride(),

@@ -97,6 +97,28 @@ def by_group(values, BT: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr)
 
 
 @triton.jit
+def sum_over_rows(values, exact, BT: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+                  DOT: tl.constexpr):  # fmt: skip
+    """Sums over rows, spread over the rows of the result as those of `no_sums` are.
+
+    Of bf16 the matrix unit adds the values as they are; others are added in fp32 from `exact`:
+    fp16 cannot hold the squares of gradients.
+    """
+    if tl.bfloat16 == DOT:
+        sums = tl.dot(tl.full([16, BT], 1.0 / 16, tl.bfloat16), values)
+    else:
+        sums = by_group(exact, BT, GROUP, WIDTH)
+    return sums
+
+
+@triton.jit
+def no_sums(GROUP: tl.constexpr, WIDTH: tl.constexpr, DOT: tl.constexpr):
+    """Where `sum_over_rows` begins."""
+    ROWS: tl.constexpr = 16 if tl.bfloat16 == DOT else GROUP
+    return tl.zeros([ROWS, WIDTH], tl.float32)
+
+
+@triton.jit
 def owners_of(tile, alpha_ptr, phi_ptr, S, C: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr):
     """The channels of a tile: where they lie, whose they are, and whether that seed is awake."""
     channel = tl.arange(0, WIDTH)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esper_kernels.ops.dispatch import INTERPRET
+from esper_kernels.ops.statistics import sum_rows
 
 NUM_RANGES = tl.constexpr(4)
 _TARGET_FRAC = tl.constexpr(0.1)
@@ -274,26 +275,6 @@ def column_squares(x_TD: Tensor, units: Units, always: bool) -> Tensor:
         STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return sum_rows(partial)
-
-
-@triton.jit
-def _sum_rows(partial, out, num_rows, num_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    inside = (col < num_cols)[None, :]
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    for start in range(0, num_rows, ROWS):
-        row = start + tl.arange(0, ROWS)
-        at = row.to(tl.int64)[:, None] * num_cols + col[None, :]
-        total += tl.load(partial + at, mask=(row < num_rows)[:, None] & inside, other=0.0)
-    tl.store(out + col, tl.sum(total, 0), mask=col < num_cols)
-
-
-def sum_rows(partial: Tensor) -> Tensor:
-    """Sum over the first axis in a fixed order; `[R, ...]` fp32 to `[...]`."""
-    out = torch.empty(partial.shape[1:], device=partial.device)
-    num_cols = out.numel()
-    _sum_rows[(triton.cdiv(num_cols, 64),)](partial, out, len(partial), num_cols, ROWS=32, COLS=64)
-    return out
 
 
 @triton.jit

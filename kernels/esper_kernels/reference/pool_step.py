@@ -128,7 +128,9 @@ def move_grafts(ramp: Ramp) -> None:
     if is_ramping.is_cpu and not is_ramping.any():
         return
     ramp.ramped_steps.add_(ramp.ramping * ramp.pace)
-    progress = (ramp.ramped_steps / ramp.ramp_steps).clamp_(max=1.0)
+    # by a tensor: a GPU multiplies by the reciprocal of a number, and 49 * (1 / 49) is below 1
+    steps = torch.full((), float(ramp.ramp_steps), device=ramp.ramped_steps.device)
+    progress = (ramp.ramped_steps / steps).clamp_(max=1.0)
     eased = (1 - torch.cos(math.pi * progress)) / 2
     alpha = torch.where(ramp.cosine, eased, progress)
     torch.where(is_ramping, progress, ramp.progress, out=ramp.progress)
