@@ -122,8 +122,9 @@ def test_forward_and_statistics(shape, awake, dtype, monkeypatch):
     assert torch.equal(y[:, asleep], x[:, asleep])
     wide = wide[0]
     sums = torch.stack([wide.sum(0), wide.square().sum(0), (wide.abs() < 1e-6).sum(0)])
-    # kernels round the squares of bf16 to bf16
-    limits = 1e-5, 2e-3 if dtype == torch.bfloat16 else 1e-5, 1e-5
+    # sums of bf16 are those of the matrix unit, squares rounded
+    rough = 2e-3 if dtype == torch.bfloat16 else 1e-5
+    limits = rough, rough, 1e-5
     for ours, right, limit in zip(stats, sums, limits, strict=True):
         assert error(ours, right) < limit
 
@@ -203,7 +204,8 @@ def test_more_than_2_to_the_31_elements():
     totals = [torch.stack(each).double().sum(0) for each in zip(*parts, strict=True)]
     # the isolated gradients are shares of a whole batch, so they do not add up
     task = rest[-1] != 2
-    assert error(stats, totals[0]) < 1e-5
+    # the matrix unit truncates as it adds
+    assert error(stats, totals[0]) < 2e-3
     for whole, total in zip(grads[:4], totals[1:5], strict=True):
         assert error(whole[task], total[task]) < 1e-3
     assert error(grads[4], totals[5]) < 1e-5
