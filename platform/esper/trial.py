@@ -3,28 +3,38 @@
 The only place where trainer and controller meet. It knows nothing of Ray.
 """
 
+import dataclasses
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
 
-from esper.config.base import ConfigError, explain
+from esper.config.base import ConfigError, explain, validate
 from esper.config.run import Plugin, RunConfig
-from esper.controller import CONTROLLERS, GrowthEvent, Shield
+from esper.controller import CONTROLLERS, Controller, GrowthEvent, Shield
+from esper.controller.base import ControllerOptions, GrowingOptions, memory_of
+from esper.controller.replay import Replay
 from esper.evidence.records import Fingerprint, TransitionRecord, TrialRecord
 from esper.registry import Registry, UnknownNameError
+from esper.seeds.actions import Action, Rollback
 from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
 from esper.seeds.state import AWAKE_STAGES, Stage
+from esper.surgery.checkpoint_folder import CheckpointError, read_checkpoint, write_checkpoint
+from esper.surgery.growth_log import unpack_action
 from esper.surgery.lattice import Lattice, attach
+from esper.training import checkpoint
+from esper.training.alarm import LossHistory, alarm
 from esper.training.hosts import HOSTS
 from esper.training.tasks import TASKS
-from esper.training.trainer import CollapseError, Trainer
+from esper.training.trainer import BACK, CollapseError, Trainer
 
 M = TypeVar("M", bound=BaseModel)
 # two arms with different salts never share a seed
@@ -64,15 +74,21 @@ class Trial:
         config: The arm's configuration.
         spec: Which trial it is.
         followed: Record of the followed arm of the same pair, if the arm follows one.
+        replayed: Record whose decisions are taken again, in place of the controller's own.
 
     Raises:
         ConfigError: If a plug-in is unknown, its options are wrong, or parts do not fit.
     """
 
     def __init__(
-        self, config: RunConfig, spec: TrialSpec, followed: TrialRecord | None = None
+        self,
+        config: RunConfig,
+        spec: TrialSpec,
+        followed: TrialRecord | None = None,
+        replayed: TrialRecord | None = None,
     ) -> None:
-        self._config, self._spec = config, spec
+        self.config, self.spec = config, spec
+        self._followed, self._replayed = followed, replayed
         self._started = datetime.now(UTC)
         for module in config.plugins:
             _import_plugin(module)
@@ -100,20 +116,24 @@ class Trial:
             raise
         except ValueError as error:
             raise ConfigError(f"arm '{spec.arm}'", (str(error),)) from error
-        self.controller = Shield(brain.build(seed, events))
+        if replayed is None:
+            self.controller = Shield(_build_controller(config, brain, seed, events))
+        else:
+            graft = brain.graft if isinstance(brain, GrowingOptions) else "linear"
+            self.controller = Shield(Replay(commanded(replayed, graft)))
         self.curves: dict[str, list[float]] = {}
-        self._transitions: list[Transition] = []
+        self._losses = LossHistory()
         self._collapse: CollapseError | None = None
 
     @property
     def intervals(self) -> int:
         """Intervals of the whole trial."""
-        return self._config.train.steps // self._config.train.interval_steps
+        return self.config.train.steps // self.config.train.interval_steps
 
     @property
     def done(self) -> bool:
         """Whether the trial has ended, well or badly."""
-        return self._collapse is not None or self.trainer.step >= self._config.train.steps
+        return self._collapse is not None or self.trainer.step >= self.config.train.steps
 
     def run_for(self, seconds: float) -> dict[str, float]:
         """Run whole intervals until the time is up or the trial is done.
@@ -132,14 +152,55 @@ class Trial:
         return {name: values[-1] for name, values in self.curves.items()}
 
     def _interval(self) -> None:
+        report, collapse = None, None
         try:
             report = self.trainer.run_interval()
         except CollapseError as error:
-            self._collapse = error
-            self._observe(None)
-            return
-        self._transitions += self.trainer.apply(self.controller.decide(report))
+            collapse = error
+        reason = self._incident(report, collapse)
+        suspects = [] if reason is None else self.trainer.suspects()
+        if suspects and self.controller.incidents < self.config.growth.max_rollbacks:
+            self.controller.incidents += 1
+            self._fail([Rollback(*place, str(reason)) for place in suspects])
+        elif report is None:
+            self._collapse = collapse
+        else:
+            assert report.loss is not None
+            self._losses = self._losses.then(report.loss)
+            self._grow(report)
         self._observe(report)
+
+    def _incident(self, report: Report | None, collapse: CollapseError | None) -> str | None:
+        """Why the interval broke the run, if it did."""
+        if report is None or report.loss is None:
+            return str(collapse)
+        reason = alarm(report.loss, report.host_drift_frac, self._losses, self.config.growth)
+        return reason and f"{reason} at step {report.step}"
+
+    def _grow(self, report: Report) -> None:
+        """Let the controller act at the end of a good interval."""
+        if diverged := self.trainer.diverged():
+            self._fail([Rollback(*place, "its own weights are no numbers") for place in diverged])
+            return
+        note = {"controller": self.controller.memory(), "losses": dataclasses.asdict(self._losses)}
+        actions = self.controller.decide(report)
+        rollbacks = [action for action in actions if isinstance(action, Rollback)]
+        if rollbacks:
+            # what else was decided would be undone in the same breath
+            self._go_back(rollbacks)
+        else:
+            self.trainer.apply(actions, note)
+
+    def _fail(self, rollbacks: list[Rollback]) -> None:
+        """Roll seeds back that the controller did not give up itself."""
+        self._go_back(rollbacks)
+        self.controller.count_failures(len(rollbacks))
+
+    def _go_back(self, rollbacks: list[Rollback]) -> None:
+        note = self.trainer.roll_back(rollbacks)
+        if note is not None:
+            self.controller.go_back(note["controller"])
+            self._losses = _losses_of(note["losses"])
 
     def _observe(self, report: Report | None) -> None:
         """Add a point to every curve; the last one of a run that collapsed has no metrics."""
@@ -147,7 +208,7 @@ class Trial:
         point = {
             "step": self.trainer.step,
             "train_loss": None if report is None else report.loss,
-            **(dict.fromkeys(held_out) if report is None else held_out),
+            **(held_out if self._collapse is None else dict.fromkeys(held_out)),
             "parameters": self.trainer.lattice.count_parameters(),
             "active_seeds": self.trainer.lattice.count_awake(),
             "grad_norm": None if report is None else report.grad_norm,
@@ -159,6 +220,65 @@ class Trial:
             # a value that was not measured is recorded as such, so that all curves have one length
             self.curves.setdefault(name, []).append(math.nan if value is None else float(value))
 
+    def save(self, folder: str | Path) -> None:
+        """Write a checkpoint from which `resume` goes on; a former one is replaced.
+
+        Bit for bit on the same device: loss curve, growth log, random numbers and order of the
+        data. Nothing is pickled. `esper.load` reads the model and its lattice from it, too.
+
+        Raises:
+            CheckpointError: If the folder holds something else.
+        """
+        tensors, content = checkpoint.pack(self.trainer)
+        records = {"followed": self._followed, "replayed": self._replayed}
+        content["trial"] = {
+            "config": self.config.model_dump(mode="json"),
+            "spec": dataclasses.asdict(self.spec)
+            | {"fingerprint": self.spec.fingerprint.model_dump(mode="json")},
+            **{k: None if r is None else r.model_dump(mode="json") for k, r in records.items()},
+            "started_at": self._started.isoformat(),
+            "controller": self.controller.state_dict(),
+            "losses": dataclasses.asdict(self._losses),
+            "curves": self.curves,
+            "collapse": None if self._collapse is None else self._collapse.args,
+        }
+        write_checkpoint(Path(folder), tensors, content)
+
+    @classmethod
+    def resume(cls, folder: str | Path) -> "Trial":
+        """The trial whose checkpoint the folder holds, rebuilt from the file alone.
+
+        The modules named under `plugins` must be importable, as when it was saved.
+
+        Raises:
+            CheckpointError: If the folder holds no trial, is damaged, or does not fit the host
+                or data that its own configuration gives now.
+            ConfigError: If that configuration is not valid any more.
+        """
+        folder = Path(folder)
+        manifest, tensors = read_checkpoint(folder)
+        if "trial" not in manifest:
+            raise CheckpointError(
+                f"{folder} must hold a trial to go on with, but holds a model alone; "
+                "use `esper.load`."
+            )
+        saved = manifest["trial"]
+        spec = TrialSpec(
+            **saved["spec"] | {"fingerprint": Fingerprint(**saved["spec"]["fingerprint"])}
+        )
+        records = {
+            k: None if saved[k] is None else TrialRecord.model_validate(saved[k])
+            for k in ("followed", "replayed")
+        }
+        trial = cls(validate(RunConfig, saved["config"], source=str(folder)), spec, **records)
+        checkpoint.unpack(folder, manifest, tensors, trial.trainer)
+        trial.controller.load_state_dict(saved["controller"])
+        trial.curves, trial._losses = saved["curves"], _losses_of(saved["losses"])
+        trial._started = datetime.fromisoformat(saved["started_at"])
+        if saved["collapse"] is not None:
+            trial._collapse = CollapseError(*saved["collapse"])
+        return trial
+
     def record(self) -> TrialRecord:
         """The finished trial's evidence.
 
@@ -167,10 +287,10 @@ class Trial:
         """
         if not self.done:
             raise RuntimeError(
-                f"trial {self._spec.trial_id} must be done to be recorded, "
+                f"trial {self.spec.trial_id} must be done to be recorded, "
                 f"but is at step {self.trainer.step}; call run_for again."
             )
-        spec, lattice = self._spec, self.trainer.lattice
+        spec, lattice = self.spec, self.trainer.lattice
         return TrialRecord(
             trial_id=spec.trial_id,
             arm=spec.arm,
@@ -185,7 +305,7 @@ class Trial:
             collapse_reason=None if self._collapse is None else str(self._collapse),
             metrics=self._final_metrics(),
             curves=self.curves,
-            transitions=[_record(t) for t in self._transitions],
+            transitions=[_record(t) for t in lattice.log],
             sites={name: a.layer.num_seeds for name, a in lattice.attached.items()},
         )
 
@@ -199,15 +319,19 @@ class Trial:
                    for k, v in trainer.evaluate(split).items()}  # fmt: skip
         if self._collapse is not None:
             metrics = dict.fromkeys(metrics, math.nan)
-        culled = sum(t.after.stage is Stage.CULLED for t in self._transitions)
+        ends = Counter(t.after.stage for t in trainer.lattice.log)
         return metrics | {
             "parameters": float(trainer.lattice.count_parameters()),
             "host_parameters": float(sum(p.numel() for p in trainer.lattice.host_parameters())),
             "steps": float(trainer.step),
-            "train_flops": trainer.cost.flops,
-            "train_seconds": trainer.cost.seconds,
+            # what growing took is part of what training took
+            "train_flops": trainer.cost.flops + trainer.cost.growth_flops,
+            "train_seconds": trainer.cost.seconds + trainer.cost.growth_seconds,
+            "growth_flops": trainer.cost.growth_flops,
+            "growth_seconds": trainer.cost.growth_seconds,
             "seeds_kept": float(trainer.lattice.count_awake()),
-            "seeds_culled": float(culled),
+            "seeds_culled": float(ends[Stage.CULLED]),
+            "seeds_rolled_back": float(ends[Stage.ROLLED_BACK]),
             "vetoes": float(len(self.controller.vetoes)),
         }
 
@@ -241,6 +365,41 @@ def kept_events(record: TrialRecord) -> tuple[GrowthEvent, ...]:
     kept = [germinated[key] for key, t in last.items() if t.after in awake]
     kept.sort(key=lambda t: t.interval)
     return tuple(GrowthEvent(t.interval, t.site, t.seed, t.blueprint) for t in kept)
+
+
+def commanded(record: TrialRecord, graft: str) -> dict[int, list[Action]]:
+    """The actions of a finished trial by interval, for a controller that replays them.
+
+    Args:
+        record: The trial.
+        graft: Graft strategy of its seeds, which a record does not hold.
+    """
+    actions: dict[int, list[Action]] = {}
+    for t in record.transitions:
+        # a seed that went back with the run was not commanded to
+        if t.action == "Rollback" and t.after != Stage.ROLLED_BACK.name:
+            continue
+        options = {"blueprint": t.blueprint, "graft": graft} if t.action == "Germinate" else {}
+        reason = t.reason.partition(BACK)[0]
+        fields = {"site": t.site, "seed": t.seed, "reason": reason, **options}
+        action = unpack_action({"action": t.action, "fields": fields})
+        actions.setdefault(t.interval, []).append(action)
+    return actions
+
+
+def _build_controller(
+    config: RunConfig, options: ControllerOptions, seed: int, events: tuple[GrowthEvent, ...]
+) -> Controller:
+    controller = options.build(seed, events)
+    try:
+        memory_of(controller)
+    except ValueError as error:
+        raise ConfigError("controller", (f"'{config.controller.name}': {error}",)) from None
+    return controller
+
+
+def _losses_of(saved: dict[str, Any]) -> LossHistory:
+    return LossHistory(saved["first"], tuple(saved["recent"]))
 
 
 def _attach_all(model: torch.nn.Module, config: RunConfig, seed: int) -> Lattice:

@@ -10,8 +10,8 @@ from esper.seeds.state import Stage
 
 SITE_DEFAULTS = {
     "blueprint_id": 0, "epochs": 0, "graft_id": 0, "alpha": 0.0, "progress": 0.0,
-    "grad_energy": 1.0, "variance": 1.0, "dead_frac": 0.0, "explained_frac": 0.5,
-    "graft_loss": 1.0, "gain": 0.1, "gain_se": 0.01,
+    "grad_energy": 1.0, "bottleneck": 1.0, "silent_frac": 0.0, "variance": 1.0, "dead_frac": 0.0,
+    "explained_frac": 0.5, "graft_loss": 1.0, "gain": 0.1, "gain_se": 0.01,
 }  # fmt: skip
 INTS = ("stage", "blueprint_id", "epochs", "graft_id")
 

@@ -1,17 +1,29 @@
 """A trial: one arm of one pair, from its configuration to its record."""
 
+import dataclasses
+import json
 import math
-from collections import Counter
+import re
+from collections import Counter, OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from esper.config.base import ConfigError
-from esper.config.run import RunConfig
-from esper.controller import GrowthEvent
+from esper.config.run import Plugin, RunConfig
+from esper.controller import CONTROLLERS, ControllerOptions, GrowthEvent, TamiyoOptions, Veto
+from esper.controller.base import Stateless, memory_of, remind
 from esper.evidence.records import Fingerprint, TransitionRecord, TrialRecord
-from esper.trial import SALT_STRIDE, Trial, TrialSpec, kept_events
+from esper.seeds.actions import Germinate, Rollback
+from esper.seeds.blueprints import BLUEPRINTS, blueprint
+from esper.surgery.checkpoint_folder import CheckpointError
+from esper.surgery.files import load, save
+from esper.training.hosts import HOSTS
+from esper.training.tasks import Spirals
+from esper.trial import SALT_STRIDE, Trial, TrialSpec, commanded, kept_events
 
 MARK = Fingerprint(code_hash="c", commit=None, versions={"torch": "2"}, device="cpu")
 RUN = {
@@ -78,7 +90,8 @@ def test_a_whole_run_leaves_a_complete_record(controller):
     measured = {f"{s}_{what}" for s in splits for what in ("loss", "accuracy")}
     assert set(record.metrics) == measured | {
         "parameters", "host_parameters", "steps", "train_flops", "train_seconds",
-        "seeds_kept", "seeds_culled", "vetoes",
+        "growth_flops", "growth_seconds", "seeds_kept", "seeds_culled", "seeds_rolled_back",
+        "vetoes",
     }  # fmt: skip
     assert all(math.isfinite(v) for v in record.metrics.values())
     assert {len(c) for c in record.curves.values()} == {run.intervals} == {20}
@@ -103,7 +116,7 @@ def test_a_whole_run_leaves_a_complete_record(controller):
 
 def test_two_trials_of_one_seed_are_equal_but_for_their_times(grown):
     _, record = finished(TAMIYO)
-    timed = {"train_seconds"}
+    timed = {"train_seconds", "growth_seconds"}
     assert record.transitions == grown[1].transitions
     for name in set(record.metrics) - timed:
         assert record.metrics[name] == grown[1].metrics[name], name
@@ -310,6 +323,427 @@ def test_what_is_wrong_is_named_with_its_path(wrong):
     change, match = WRONG[wrong]
     with pytest.raises(ConfigError, match=match):
         trial(change)
+
+
+# what breaks the run
+
+
+class Poison:
+    """Two functions that are harmless until their seed is grafted."""
+
+    layer = None
+
+    @classmethod
+    def acts(cls):
+        return cls.layer is not None and bool((cls.layer.alpha > 0).any())
+
+
+def poison_nan(z):
+    return z * math.nan if Poison.acts() else F.gelu(z)
+
+
+def poison_huge(z):
+    return F.gelu(z) + 1e6 if Poison.acts() else F.gelu(z)
+
+
+def diverging(z):
+    return torch.exp(200 * z * z)
+
+
+class Planter(Stateless):
+    """Tamiyo, but the seeds of the first wave get another blueprint."""
+
+    def __init__(self, inner, planted):
+        self.inner, self.planted = inner, planted
+
+    def decide(self, report):
+        return [
+            dataclasses.replace(a, blueprint=self.planted)
+            if isinstance(a, Germinate) and report.interval <= 4
+            else a
+            for a in self.inner.decide(report)
+        ]
+
+    def state_dict(self):
+        return memory_of(self.inner)
+
+    def load_state_dict(self, state):
+        remind(self.inner, state)
+
+
+class PlanterOptions(TamiyoOptions):
+    planted: str = "mlp_gelu"
+
+    def build(self, seed, events=()):
+        return Planter(super().build(seed, events), self.planted)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _planted():
+    with pytest.MonkeyPatch.context() as patch:
+        for registry in (BLUEPRINTS, CONTROLLERS):
+            patch.setattr(registry, "_items", dict(registry._items))
+        for function in (poison_nan, poison_huge, diverging):
+            blueprint(function.__name__)(function)
+        CONTROLLERS.register("planter")(PlanterOptions)
+        yield
+
+
+SPIRALS = {
+    "task": {"name": "spirals", "options": {"train_samples": 600}},
+    "host": {"name": "mlp", "options": {"hidden": [16]}},
+    "train": {"steps": 500, "batch_size": 100, "interval_steps": 25, "learning_rate": 0.01},
+    "lattice": [{"sites": "fc1", "seeds_per_layer": 8, "hidden": 8}],
+    "growth": RUN["growth"] | {"ramp_steps": 25, "embargo_intervals": 5},
+}
+
+
+def planter(planted, **growth):
+    options = {"patience_intervals": 1, "min_improvement_frac": 0.9, "planted": planted}
+    return {"growth": SPIRALS["growth"] | growth,
+            "controller": {"name": "planter", "options": options}}  # fmt: skip
+
+
+def poisoned(*changes):
+    run = trial(SPIRALS, *changes)
+    Poison.layer = run.trainer.lattice.layer("fc1")
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _antidote():
+    yield
+    Poison.layer = None
+
+
+@pytest.mark.parametrize(
+    ("planted", "reason"),
+    [
+        ("poison_nan", "training loss nan at step 125; back to step 100"),
+        ("poison_huge", r"training loss \S+ after \S+, limit \S+ at step 125; back to step 100"),
+    ],
+)
+def test_a_poisonous_blueprint_is_rolled_back_and_the_run_goes_on(planted, reason):
+    longer = {"train": SPIRALS["train"] | {"steps": 1000}}
+    _, clean = finished(SPIRALS, longer, planter("mlp_gelu"))
+    run = poisoned(longer, planter(planted))
+    memories = []
+    while not run.done:
+        run.run_for(0)
+        memories.append(run.controller.memory())
+    record = run.record()
+    assert record.status == "finished"
+    back = [t for t in record.transitions if t.after == "ROLLED_BACK"]
+    assert [(t.interval, t.step, t.before) for t in back] == [(5, 125, "GRAFTING")] * 2
+    assert all(re.fullmatch(reason, t.reason) for t in back)
+    assert record.metrics["seeds_rolled_back"] == 2
+    # the controller remembers what it did before the graft, not what happened since
+    assert memories[4] == memories[2] != memories[3]
+    # the embargo keeps the slots empty
+    for seed in {t.seed for t in back}:
+        life = [t for t in record.transitions if t.seed == seed and t.interval > 5]
+        assert (life[0].action, life[0].after) == ("Advance", "DORMANT")
+        assert life[0].interval - 5 >= 5
+    # other seeds grow instead, and the network is as good as if nothing had happened
+    assert record.metrics["seeds_kept"] == clean.metrics["seeds_kept"] == 8
+    assert abs(record.metrics["test_accuracy"] - clean.metrics["test_accuracy"]) < 0.02
+    losses = record.curves["train_loss"]
+    assert not losses[4] < 5
+    assert max(losses[5:]) < losses[2]
+    assert record.curves["held_out_loss"][4] == record.curves["held_out_loss"][3]
+    assert_unbroken(record)
+
+
+def assert_unbroken(record):
+    """Each line of a seed begins where the line before it ended."""
+    last = {}
+    for t in record.transitions:
+        assert t.before == last.get((t.site, t.seed), "DORMANT"), t
+        last[t.site, t.seed] = t.after
+
+
+def test_after_the_last_rollback_nothing_grows_and_the_run_still_ends_well():
+    controller = {"name": "tamiyo", "options": {"patience_intervals": 1, "blueprint": "poison_nan",
+                                                "min_improvement_frac": 0.9}}  # fmt: skip
+    run = poisoned({"controller": controller})
+    run.run_for(math.inf)
+    record = run.record()
+    assert record.status == "finished"
+    assert run.controller.incidents == 3
+    assert record.metrics["seeds_kept"] == 0
+    assert run.controller.vetoes[-1].reason == "the run broke 3 times, the limit is 3"
+    _, alone = finished(SPIRALS, {"lattice": []})
+    assert abs(record.metrics["test_accuracy"] - alone.metrics["test_accuracy"]) < 0.03
+
+
+def test_without_a_rollback_left_a_nan_is_a_collapse_and_a_huge_loss_is_not():
+    run = poisoned(planter("poison_nan", max_rollbacks=0))
+    run.run_for(math.inf)
+    assert run.record().collapse_reason == "training loss nan at step 125"
+    run = poisoned(planter("poison_huge", max_rollbacks=0))
+    run.run_for(math.inf)
+    record = run.record()
+    assert (record.status, record.metrics["seeds_rolled_back"]) == ("finished", 0)
+    assert record.curves["train_loss"][4] > 4 * record.curves["train_loss"][3]
+
+
+def test_an_explosion_without_suspects_is_left_to_heal():
+    run = trial(SPIRALS, planter("mlp_gelu"))
+    for _ in range(3):
+        run.run_for(0)
+    with torch.no_grad():
+        run.trainer.model.out.weight *= 100
+    run.run_for(math.inf)
+    record = run.record()
+    assert (record.status, record.metrics["seeds_rolled_back"]) == ("finished", 0)
+    assert record.curves["train_loss"][3] > 4 * record.curves["train_loss"][2]
+
+
+def test_a_drifting_host_is_brought_back_where_that_is_limited():
+    run = trial(SPIRALS, planter("mlp_gelu", max_rollback_drift_frac=1e-3, max_rollbacks=1))
+    run.run_for(math.inf)
+    record = run.record()
+    (first, *_), ended = [t for t in record.transitions if t.after == "ROLLED_BACK"], record.status
+    assert re.match(r"the host drifted by 0\.\d+ in an interval, limit 0.001 at step", first.reason)
+    assert (run.controller.incidents, ended) == (1, "finished")
+
+
+def test_seeds_that_diverge_before_they_are_grafted_do_no_harm():
+    run, record = finished(SPIRALS, planter("diverging"))
+    assert record.status == "finished"
+    lost = [t for t in record.transitions if t.after == "ROLLED_BACK"]
+    assert {(t.before, t.reason) for t in lost} == {("TRAINING", "its own weights are no numbers")}
+    assert run.controller.incidents == 0
+    assert record.metrics["seeds_kept"] >= 4
+    assert all(math.isfinite(x) for x in record.curves["train_loss"])
+
+
+def test_a_seed_that_never_settles_is_rolled_back_with_the_run():
+    """A rollback that the controller commands itself."""
+    run = trial(SCHEDULE, {"growth": RUN["growth"] | {"patience_intervals": 2}})
+    layer = run.trainer.lattice.layer("fc1")
+    while not run.done:
+        # as if the loss had been much lower before the graft: gate G4 stays shut
+        layer.graft_loss.fill_(0)
+        run.run_for(0)
+    record = run.record()
+    back = [t for t in record.transitions if t.after == "ROLLED_BACK"]
+    assert {(t.site, t.before) for t in back} == {("fc1", "STABILIZATION")}
+    assert all("the host did not settle; G4: " in t.reason for t in back)
+    assert all("; back to step " in t.reason for t in back)
+    assert run.controller.incidents == 0
+    assert_unbroken(record)
+    # who replays the log commands them again, and not what followed from them
+    again = [a for actions in commanded(record, "linear").values() for a in actions]
+    rollbacks = [a for a in again if isinstance(a, Rollback)]
+    assert [(a.site, a.seed) for a in rollbacks] == [(t.site, t.seed) for t in back]
+    assert not any("back to" in a.reason for a in again)
+    assert sum(t.action == "Rollback" for t in record.transitions) > len(back)
+
+
+# checkpoints
+
+
+def dropout_host(inputs, width, outputs):
+    return nn.Sequential(OrderedDict(
+        fc1=nn.Linear(inputs, width), norm=nn.BatchNorm1d(width), drop=nn.Dropout(0.2),
+        act=nn.ReLU(), out=nn.Linear(width, outputs),
+    ))  # fmt: skip
+
+
+DROPOUT = {"host": {"name": "factory", "options": {
+    "path": f"{__name__}:dropout_host",
+    "arguments": {"inputs": 2, "width": 8, "outputs": 2},
+}}}  # fmt: skip
+RUNS = {
+    "tamiyo": (RUN, TAMIYO, DROPOUT, {"growth": RUN["growth"] | {
+        "initialisation": "matched", "measured_samples": 50}}),
+    "sgd": (RUN, SCHEDULE, {"train": RUN["train"] | {"optimizer": "sgd"}}),
+    "random": (RUN, {"controller": {"name": "random", "options": {
+        "at_intervals": [3, 9, 15], "count": 2}}}),
+    "alone": (RUN, DROPOUT, {"lattice": []}),
+    "poisoned": (SPIRALS, planter("poison_nan")),
+}  # fmt: skip
+
+
+def untimed(record):
+    content = json.loads(record.model_dump_json(exclude={"started_at", "ended_at"}))
+    for timed in ("train_seconds", "growth_seconds"):
+        del content["metrics"][timed]
+    del content["curves"]["train_seconds"]
+    return content
+
+
+def state(run):
+    trainer = run.trainer
+    tensors = trainer.model.state_dict()
+    tensors |= {f"random.{i}": t for i, t in enumerate(trainer.random_state())}
+    for i, moments in trainer.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
+    return {k: v.clone().nan_to_num() for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_trial_is_the_undisturbed_one_bit_for_bit(tmp_path, name):
+    run = poisoned(*RUNS[name]) if name == "poisoned" else trial(*RUNS[name])
+    run.run_for(math.inf)
+    expected, end = untimed(run.record()), state(run)
+    saving = poisoned(*RUNS[name]) if name == "poisoned" else trial(*RUNS[name])
+    saved_at, intervals = [0, 1, 4, 9], 0
+    for interval in saved_at:
+        while intervals < interval:
+            saving.run_for(0)
+            intervals += 1
+        saving.save(tmp_path / str(interval))
+        # over the former one, too
+        saving.save(tmp_path / "latest")
+    assert len(list((tmp_path / "latest").iterdir())) == 2
+    for interval in [*saved_at[:-1], "latest"]:
+        torch.manual_seed(99)
+        again = Trial.resume(tmp_path / str(interval))
+        if name == "poisoned":
+            Poison.layer = again.trainer.lattice.layer("fc1")
+        again.run_for(math.inf)
+        record = again.record()
+        assert untimed(record) == expected, interval
+        there = state(again)
+        assert there.keys() == end.keys()
+        assert [k for k, v in there.items() if not torch.equal(v, end[k])] == [], interval
+        assert record.started_at == saving._started
+        assert record.metrics["train_seconds"] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_rollback_and_a_resumed_trial_on_a_gpu(tmp_path):
+    """Dropout draws from the GPU's own generator."""
+    options = SPIRALS, planter("poison_nan"), DROPOUT, {"device": "cuda"}
+    run = trial(*options)
+    Poison.layer = run.trainer.lattice.layer("fc1")
+    for _ in range(4):
+        run.run_for(0)
+    run.save(tmp_path)
+    before = run.trainer.past[0].random
+    run.run_for(0)
+    assert len(before) == 4
+    assert all(torch.equal(*pair) for pair in zip(before, run.trainer.random_state(), strict=True))
+    run.run_for(math.inf)
+    again = Trial.resume(tmp_path)
+    Poison.layer = again.trainer.lattice.layer("fc1")
+    again.run_for(math.inf)
+    assert untimed(again.record()) == untimed(run.record())
+    assert run.controller.incidents == 1
+
+
+def test_what_a_rollback_goes_back_to_is_in_the_checkpoint(tmp_path):
+    """Or a resumed run could not go back as the undisturbed one does, which is tested above."""
+    run = poisoned(*RUNS["poisoned"])
+    for _ in range(4):
+        run.run_for(0)
+    assert len(run.trainer.past) == 1
+    run.save(tmp_path)
+    (kept,) = Trial.resume(tmp_path).trainer.past
+    assert (kept.step, kept.note) == (100, json.loads(json.dumps(run.trainer.past[0].note)))
+
+
+def test_a_trial_that_has_ended_can_be_resumed_too(tmp_path, grown):
+    grown[0].save(tmp_path / "well")
+    assert untimed(Trial.resume(tmp_path / "well").record()) == untimed(grown[1])
+    run = poisoned(planter("poison_nan", max_rollbacks=0))
+    run.run_for(math.inf)
+    run.save(tmp_path / "badly")
+    again = Trial.resume(tmp_path / "badly")
+    assert again.done
+    assert untimed(again.record()) == untimed(run.record())
+
+
+@pytest.mark.parametrize("follower", [
+    {"follow": "esper", "start": "grown"},
+    {"follow": "esper", "controller": {"name": "random"}},
+])  # fmt: skip
+def test_a_trial_that_follows_another_is_resumed_without_it(tmp_path, grown, follower):
+    run = trial(follower, followed=grown[1])
+    run.run_for(0)
+    run.save(tmp_path)
+    run.run_for(math.inf)
+    again = Trial.resume(tmp_path)
+    again.run_for(math.inf)
+    assert untimed(again.record()) == untimed(run.record())
+
+
+def test_vetoes_and_the_lattices_own_log_survive(tmp_path):
+    run = trial(TAMIYO, {"growth": RUN["growth"] | {"max_active_seeds": 2}})
+    run.run_for(math.inf)
+    run.controller.vetoes.append(Veto(3, Germinate("fc1", 0, "glu", "cosine", "why"), "not so"))
+    run.save(tmp_path)
+    again = Trial.resume(tmp_path)
+    assert again.controller.vetoes == run.controller.vetoes
+    assert again.trainer.lattice.log == run.trainer.lattice.log != []
+    assert load(tmp_path, HOSTS["mlp"](hidden=(8,)).build(run.trainer.data)).log == (
+        run.trainer.lattice.log
+    )
+
+
+def test_other_data_is_refused(tmp_path, monkeypatch):
+    run = trial()
+    run.save(tmp_path)
+    monkeypatch.setattr(Spirals, "rng", lambda self, seed, split: np.random.default_rng(9))
+    with pytest.raises(CheckpointError, match="must be continued with the data it was made with"):
+        Trial.resume(tmp_path)
+
+
+def test_a_model_alone_is_no_trial(tmp_path):
+    run = trial()
+    save(tmp_path, run.trainer.model, run.trainer.lattice)
+    with pytest.raises(CheckpointError, match=r"but holds a model alone; use `esper\.load`"):
+        Trial.resume(tmp_path)
+
+
+def test_a_controller_whose_memory_would_be_lost_is_refused(monkeypatch):
+    class Forgetful:
+        def __init__(self):
+            self.count = 0
+
+        def decide(self, report):
+            return []
+
+    class Options(ControllerOptions):
+        def build(self, seed, events=()):
+            return Forgetful()
+
+    monkeypatch.setitem(CONTROLLERS._items, "forgetful", Options)
+    with pytest.raises(ConfigError, match=r"'forgetful': controller must define state_dict"):
+        trial({"controller": {"name": "forgetful"}})
+
+
+# the log
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_log_can_be_replayed(name):
+    options = RUNS[name]
+    run = poisoned(*options) if name == "poisoned" else trial(*options)
+    run.run_for(math.inf)
+    record = run.record()
+    config = run.config.model_copy(update={"controller": Plugin(name="static")})
+    replayed = Trial(config, run.spec, replayed=TrialRecord.model_validate_json(
+        record.model_dump_json()))  # fmt: skip
+    if name == "poisoned":
+        Poison.layer = replayed.trainer.lattice.layer("fc1")
+    replayed.run_for(math.inf)
+    again = replayed.record()
+    assert again.transitions == record.transitions
+    for curve in ("train_loss", "held_out_loss", "parameters"):
+        assert str(again.curves[curve]) == str(record.curves[curve])
+
+
+def test_a_replay_with_another_graft_strategy_is_told_by_the_configuration():
+    cosine = {"controller": {"name": "schedule", "options": {
+        "at_intervals": [2], "graft": "cosine"}}}  # fmt: skip
+    _, record = finished(cosine)
+    config = RunConfig.model_validate(RUN | cosine)
+    run = Trial(config, TrialSpec("arm", 0, 0, 1, "registered", MARK), replayed=record)
+    run.run_for(math.inf)
+    assert str(run.record().curves["train_loss"]) == str(record.curves["train_loss"])
 
 
 def test_a_topology_that_does_not_fit_is_refused(grown):

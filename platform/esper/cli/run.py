@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from esper.config.base import ConfigError
 from esper.config.run import load_run
 from esper.environment import fingerprint
 
@@ -16,27 +17,30 @@ if TYPE_CHECKING:
 
 
 def run_once(
-    config_path: Path, seed: int, save: Path | None, tracking_uri: str, json_file: Path | None
+    trial: "Trial",
+    checkpoint: Path | None,
+    every: int,
+    save: Path | None,
+    tracking_uri: str,
+    json_file: Path | None,
 ) -> None:
     """Train, log to MLflow, print the final metrics, and save the model if asked."""
     console = Console()
-    config = load_run(config_path)
-    from esper.evidence.records import Fingerprint
     from esper.tracking.mlflow_sink import log_single
     from esper.tracking.reach import require_reachable
-    from esper.trial import Trial, TrialSpec
 
     require_reachable(tracking_uri)
-    mark = Fingerprint(**fingerprint(config.device))
-    trial = Trial(config, TrialSpec(config_path.stem, 0, seed, 0, "none", mark))
-    started = time.monotonic()
+    started, before = time.monotonic(), len(trial.curves.get("step", []))
     while not trial.done:
         latest = trial.run_for(0.0)
-        done = len(trial.curves["step"]) / trial.intervals
-        left = (time.monotonic() - started) * (1 / done - 1)
+        intervals = len(trial.curves["step"])
+        if checkpoint is not None and (intervals % every == 0 or trial.done):
+            trial.save(checkpoint)
+        spent = time.monotonic() - started
+        left = spent * (trial.intervals - intervals) / (intervals - before)
         console.print(_line(latest, trial, left), highlight=False, soft_wrap=True)
     record = trial.record()
-    run_id = log_single(tracking_uri, "esper-runs", record, config.model_dump(mode="json"))
+    run_id = log_single(tracking_uri, "esper-runs", record, trial.config.model_dump(mode="json"))
     for name, value in record.metrics.items():
         console.print(f"{name:>20}  {value:.6g}")
     if record.status == "collapsed":
@@ -51,6 +55,43 @@ def run_once(
     if json_file is not None:
         content = json.loads(record.model_dump_json()) | {"mlflow_run_id": run_id}
         json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def new_trial(config_path: Path, seed: int, replay: Path | None) -> "Trial":
+    """The trial that a configuration describes, at its start.
+
+    Raises:
+        ConfigError: If the configuration or the record to be replayed is not valid.
+    """
+    config = load_run(config_path)
+    from esper.cli.log import read_trial
+    from esper.evidence.records import Fingerprint
+    from esper.trial import Trial, TrialSpec
+
+    spec = TrialSpec(
+        config_path.stem, 0, seed, 0, "none", Fingerprint(**fingerprint(config.device))
+    )
+    return Trial(config, spec, replayed=None if replay is None else read_trial(replay))
+
+
+def resumed_trial(folder: Path) -> "Trial":
+    """The trial of a checkpoint, where it stopped.
+
+    Raises:
+        CheckpointError: If the folder holds no trial, or does not fit.
+        ConfigError: If other code wrote it: the run would not go on as it began.
+    """
+    from esper.trial import Trial
+
+    trial = Trial.resume(folder)
+    here = fingerprint(trial.config.device)["code_hash"]
+    theirs = trial.spec.fingerprint.code_hash
+    if here != theirs:
+        raise ConfigError(str(folder), (
+            f"the checkpoint must be continued by the code that wrote it ({theirs[:12]}), but "
+            f"this is {here[:12]}; install that version, or load the model with esper.load.",
+        ))  # fmt: skip
+    return trial
 
 
 def _line(latest: dict[str, float], trial: "Trial", left_s: float) -> str:

@@ -54,6 +54,20 @@ class GrowthConfig(Config):
     """Times of the seed lifecycle, the gates' thresholds, and the limits the shield enforces."""
 
     objective: Literal["desired_update", "reconstruction"] = "desired_update"
+    initialisation: Literal["random", "matched", "gradmax", "tiny"] = Field(
+        "random",
+        description="Incoming weights of a new seed: as of `nn.Linear`, or matched to what the "
+        "network cannot express (needs measured_samples). The last two are published closed "
+        "forms to compare with, for span sites.",
+    )
+    measured_samples: NonNegativeInt = Field(
+        0,
+        description="Training samples on which the bottleneck is measured once an interval; 0: "
+        "never.",
+    )
+    measured_blueprint: str = Field(
+        "mlp_relu", description="Blueprint whose hidden units the bottleneck is measured with."
+    )
     training_intervals: PositiveInt = Field(1, description="Least intervals in TRAINING (G2).")
     min_explained_frac: float = Field(
         0.0, le=1, description="G2: least share of the isolated target that the seed explains."
@@ -83,6 +97,28 @@ class GrowthConfig(Config):
     max_failures: PositiveInt = Field(
         8, description="Culls in a row after which the shield refuses to germinate."
     )
+    max_loss_ratio: float = Field(
+        4.0, gt=1, description="Training loss over the median of the last good intervals above "
+        "which the run goes back to before its seeds on trial were grafted.",
+    )  # fmt: skip
+    max_rollback_drift_frac: PositiveFloat | None = Field(
+        None, description="The same for the relative host weight change; None: no limit."
+    )
+    max_rollbacks: NonNegativeInt = Field(
+        3, description="Times the run goes back; after the last one it germinates no more."
+    )
+    trial_intervals: NonNegativeInt = Field(
+        3, description="Intervals in FINE_TUNING in which a seed is still on trial."
+    )
+
+    @model_validator(mode="after")
+    def _measured(self) -> "GrowthConfig":
+        if self.initialisation != "random" and not self.measured_samples:
+            raise ValueError(
+                f"measured_samples must be at least 1 for initialisation '{self.initialisation}', "
+                "but got 0; a few hundred will do."
+            )
+        return self
 
     @model_validator(mode="after")
     def _patient_enough(self) -> "GrowthConfig":

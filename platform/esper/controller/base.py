@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import ValidationInfo, field_validator
 
@@ -12,6 +12,7 @@ from esper.seeds import gates
 from esper.seeds.actions import Action, Advance, Cull, Promote, Rollback
 from esper.seeds.blueprints import BLUEPRINTS
 from esper.seeds.grafting import GRAFTS
+from esper.seeds.lifecycle import MOVES
 from esper.seeds.report import Report, SiteReport
 from esper.seeds.state import Stage
 
@@ -22,6 +23,56 @@ class Controller(Protocol):
     def decide(self, report: Report) -> list[Action]:
         """Actions for the end of this interval, in the order in which they are to be applied."""
         ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """What a controller with a memory has besides.
+
+    Its memory goes back when the run goes back, and into checkpoints.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything it remembers, as JSON; later decisions must not change it."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Remember what `state_dict` returned, and nothing else."""
+        ...
+
+
+class Stateless:
+    """For a controller whose attributes never change."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to remember."""
+
+
+def memory_of(controller: Controller) -> dict[str, Any]:
+    """What a controller remembers; nothing for one without attributes.
+
+    Raises:
+        ValueError: If it has attributes but no `state_dict`: a part of it would be forgotten.
+    """
+    if isinstance(controller, Remembering):
+        return controller.state_dict()
+    if getattr(controller, "__dict__", None):
+        raise ValueError(
+            "controller must define state_dict and load_state_dict, but "
+            f"{type(controller).__name__} has attributes and lacks them; inherit "
+            "esper.controller.base.Stateless if the attributes never change."
+        )
+    return {}
+
+
+def remind(controller: Controller, memory: dict[str, Any]) -> None:
+    """Let a controller remember what `memory_of` returned."""
+    if isinstance(controller, Remembering):
+        controller.load_state_dict(memory)
 
 
 @dataclass(frozen=True)
@@ -92,6 +143,9 @@ def _move(report: Report, site: SiteReport, seed: int) -> Iterator[Action]:
     state = site.state(seed)
     if state.stage is Stage.GERMINATED:
         yield Promote(site.name, seed, "a training slot is free")
+        return
+    if site.silent_frac[seed] == 1 and (state.stage, Cull) in MOVES:
+        yield Cull(site.name, seed, "dead: no hidden unit is active for any sample")
         return
     gate = gates.next_gate(report, site, seed)
     reason = f"{gate.name}: {gate.reason}"

@@ -11,6 +11,7 @@ pytest collects such a class; its tests need no fixture, so that they run anywhe
 """
 
 import copy
+import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -18,7 +19,7 @@ from dataclasses import fields, replace
 import numpy as np
 
 from esper.config.run import GrowthConfig
-from esper.controller.base import Controller
+from esper.controller.base import Controller, memory_of, remind
 from esper.seeds.actions import Action
 from esper.seeds.blueprints import BLUEPRINTS, Geometry
 from esper.seeds.grafting import GRAFTS
@@ -76,6 +77,19 @@ class ControllerContract:
         for i, report in enumerate(random_reports(0)):
             travelled = pickle.loads(pickle.dumps(report)) if i % 2 else copy.deepcopy(report)
             assert here.decide(report) == there.decide(travelled)
+
+    def test_its_memory_survives_a_file_and_a_rollback(self) -> None:
+        """A new controller, or the same one later, goes on as the first did from there."""
+        reports = list(random_reports(0))
+        for middle in (1, 4, 15):
+            controller = self.make(0)
+            for report in reports[:middle]:
+                controller.decide(report)
+            memory = memory_of(controller)
+            expected = [controller.decide(report) for report in reports[middle:]]
+            for again in (controller, self.make(0)):
+                remind(again, json.loads(json.dumps(memory)))
+                assert [again.decide(report) for report in reports[middle:]] == expected
 
     def test_a_model_without_sites_gets_no_action(self) -> None:
         """A host alone can be run with any controller."""

@@ -5,6 +5,8 @@ gradient energy, a few at a time, and lets each wave recover before the next. Th
 about every seed's further life.
 """
 
+from typing import Any, Literal
+
 from pydantic import Field, PositiveInt
 
 from esper.controller.base import (
@@ -41,6 +43,14 @@ class HeuristicController:
             actions += wave
         return actions
 
+    def state_dict(self) -> dict[str, Any]:
+        """The best loss, and for how many intervals it has not been beaten."""
+        return {"best": self._best, "stale": self._stale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Remember what `state_dict` returned."""
+        self._best, self._stale = state["best"], state["stale"]
+
     def _plateau(self, report: Report) -> bool:
         if report.loss is None:
             raise MissingMeasurementError(
@@ -73,24 +83,32 @@ class HeuristicController:
         affordable = [s for s in fitting if resources(report, s, o.blueprint).passed]
         # all seeds of a span score the same, so the lowest come first and stay compact
         ranked = sorted(
-            (-_score(site, seed), site.name, seed)
+            (-self._score(site, seed), site.name, seed)
             for site in affordable
             for seed in site.seeds_in(Stage.DORMANT)
         )
         return [
-            Germinate(name, seed, o.blueprint, o.graft, f"plateau; gradient energy {-score:.3g}")
+            Germinate(name, seed, o.blueprint, o.graft, f"plateau; {o.score} {-score:.3g}")
             for score, name, seed in ranked[: o.seeds_per_wave]
         ]
 
+    def _score(self, site: SiteReport, seed: int) -> float:
+        """What a seed's place promises; the bottleneck for each parameter of the seed."""
+        name = self._options.score
+        score = float(getattr(site, name)[seed])
+        if score != score:
+            raise MissingMeasurementError(
+                f"{name} must be measured for seed {seed} of '{site.name}', but is not; "
+                + _HOW_TO_MEASURE[name]
+            )
+        cost = site.seed_parameters[self._options.blueprint]
+        return score / cost if name == "bottleneck" else score
 
-def _score(site: SiteReport, seed: int) -> float:
-    score = float(site.grad_energy[seed])
-    if score != score:
-        raise MissingMeasurementError(
-            f"grad_energy must be measured for seed {seed} of '{site.name}', but is not; run "
-            "training steps with a gradient through the site before the report."
-        )
-    return score
+
+_HOW_TO_MEASURE = {
+    "grad_energy": "run training steps with a gradient through the site before the report.",
+    "bottleneck": "set growth.measured_samples, or give `measure` to `lattice.report(...)`.",
+}
 
 
 @CONTROLLERS.register("tamiyo")
@@ -100,6 +118,9 @@ class TamiyoOptions(GrowingOptions):
     patience_intervals: PositiveInt = Field(2, description="Intervals without improvement.")
     min_improvement_frac: float = Field(
         0.02, ge=0, lt=1, description="Relative fall of the loss that counts as improvement."
+    )
+    score: Literal["grad_energy", "bottleneck"] = Field(
+        "grad_energy", description="What a place is chosen by."
     )
     seeds_per_wave: PositiveInt = 2
     last_interval: PositiveInt | None = Field(

@@ -1,5 +1,7 @@
 """Random growth: the control that shows whether choosing where to grow is worth anything."""
 
+from typing import Any
+
 import numpy as np
 from pydantic import PositiveInt
 
@@ -36,6 +38,14 @@ class RandomController:
             site, seed = free.pop(place)
             actions.append(Germinate(site.name, seed, blueprint, self._graft, "random place"))
         return actions
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the generator of the places."""
+        return {"rng": self._rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on drawing from there."""
+        self._rng.bit_generator.state = state["rng"]
 
 
 @CONTROLLERS.register("random")

@@ -1,5 +1,7 @@
 """Fixed-schedule growth: the control that shows whether choosing when to grow is worth anything."""
 
+from typing import Any
+
 from pydantic import Field, PositiveInt
 
 from esper.controller.base import (
@@ -36,6 +38,14 @@ class ScheduleController:
             o = self._options
             actions.append(Germinate(site, free[site].pop(0), o.blueprint, o.graft, "on schedule"))
         return actions
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whose turn it is."""
+        return {"turn": self._turn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with that turn."""
+        self._turn = state["turn"]
 
 
 @CONTROLLERS.register("schedule")

@@ -1,14 +1,16 @@
 """The safety shield: lets through what is legal, affordable and earned, and says why not."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from esper.controller.base import Controller
+from esper.controller.base import Controller, memory_of, remind
 from esper.registry import UnknownNameError
 from esper.seeds import gates
 from esper.seeds.actions import Action, Advance, Cull, Germinate, Rollback
 from esper.seeds.lifecycle import IllegalTransitionError, advance
 from esper.seeds.report import Report
 from esper.seeds.state import Stage
+from esper.surgery.growth_log import pack_action, unpack_action
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Shield:
 
     Attributes:
         vetoes: Everything that was not let through, so far.
+        incidents: Times the run broke and went back, so far.
     """
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
         self._failures = 0
+        self.incidents = 0
         self.vetoes: list[Veto] = []
 
     def decide(self, report: Report) -> list[Action]:
@@ -55,6 +59,39 @@ class Shield:
             allowed.append(action)
             report = self._account(report, action)
         return allowed
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped controller's memory, and everything of its own."""
+        return {
+            "controller": self.memory(),
+            "failures": self._failures,
+            "incidents": self.incidents,
+            "vetoes": [
+                {"interval": v.interval, **pack_action(v.action), "reason": v.reason}
+                for v in self.vetoes
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Remember what `state_dict` returned."""
+        remind(self._controller, state["controller"])
+        self._failures, self.incidents = state["failures"], state["incidents"]
+        self.vetoes = [Veto(v["interval"], unpack_action(v), v["reason"]) for v in state["vetoes"]]
+
+    def memory(self) -> dict[str, Any]:
+        """What the wrapped controller remembers: the part that goes back with the run."""
+        return memory_of(self._controller)
+
+    def go_back(self, memory: dict[str, Any]) -> None:
+        """Let the wrapped controller remember what it did then.
+
+        What went wrong since is not forgotten: failures, incidents and vetoes stay.
+        """
+        remind(self._controller, memory)
+
+    def count_failures(self, seeds: int) -> None:
+        """Seeds failed that the wrapped controller did not cull itself."""
+        self._failures += seeds
 
     def _objection(self, report: Report, action: Action) -> str | None:
         """Why the action must not be applied; None if it may."""
@@ -81,6 +118,8 @@ class Shield:
             return f"blueprint '{action.blueprint}' does not fit a {site.geometry} site"
         if self._failures >= growth.max_failures:
             return f"{self._failures} seeds failed in a row, the limit is {growth.max_failures}"
+        if self.incidents and self.incidents >= growth.max_rollbacks:
+            return f"the run broke {self.incidents} times, the limit is {growth.max_rollbacks}"
         drift = report.host_drift_frac
         if drift is not None and drift > growth.max_drift_frac:
             return f"the host drifts by {drift:.3f} an interval, limit {growth.max_drift_frac}"

@@ -38,6 +38,11 @@ class Blueprint:
     geometries: frozenset[Geometry] = frozenset({"chunk", "span"})
     even_hidden: bool = False
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether each hidden unit is a function of one number, so that units can be matched."""
+        return self.hidden_frac > 0 and "span" in self.geometries
+
     def hidden(self, available: int) -> int:
         """Hidden units in use out of the site's `available` ones."""
         return max(1, int(available * self.hidden_frac)) if self.hidden_frac else 0

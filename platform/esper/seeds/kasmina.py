@@ -26,6 +26,7 @@ from esper.seeds.blueprints import BLUEPRINTS, Blueprint, Geometry
 from esper.seeds.grafting import GRAFTS, GraftSignals
 from esper.seeds.local_rows import local_rows
 from esper.seeds.state import (
+    AWAKE_STAGES,
     BLUEPRINT,
     EPOCHS,
     GRAFT,
@@ -35,7 +36,7 @@ from esper.seeds.state import (
     SeedState,
     Stage,
 )
-from esper_kernels import chunk_seeds, span_seeds
+from esper_kernels import PHI, chunk_seeds, span_seeds
 from esper_kernels.reference.backward import ISOLATED, TASK
 from esper_kernels.reference.isolated import Objective
 from esper_kernels.reference.span import span_hidden
@@ -84,6 +85,7 @@ class KasminaLayer(nn.Module):
         hidden: Hidden units H of a chunk seed; None: C, at least 2.
         in_features: Input features I; span sites only.
         channel_axis: Axis of the channels in the site's output.
+        biased: Whether hidden units have a bias; without one it stays 0 and is no parameter.
         dtype: Of the pool; at least fp32.
         device: Of everything.
 
@@ -121,6 +123,7 @@ class KasminaLayer(nn.Module):
         hidden: int | None = None,
         in_features: int | None = None,
         channel_axis: int = -1,
+        biased: bool = True,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
@@ -144,6 +147,7 @@ class KasminaLayer(nn.Module):
         self.fan_in = channels // num_seeds if geometry == "chunk" else int(in_features or 0)
         self.fan_out = channels // num_seeds if geometry == "chunk" else channels
         self.hidden = (hidden or max(2, self.fan_in)) if geometry == "chunk" else 1
+        self.biased = biased
         self.objective: Objective = "desired_update"
         self.ramp_steps = 100
         self._make_pool(torch.promote_types(dtype, torch.float32), device)
@@ -198,6 +202,9 @@ class KasminaLayer(nn.Module):
         """Incoming weights, biases and outgoing weights of all seeds, seeds first."""
         return self.w_in, self.bias, self.w_out
 
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.w_in, self.bias if self.biased else self.bias.detach(), self.w_out
+
     def states(self) -> list[SeedState]:
         """The state of every seed; one device read."""
         rows = self.state.tolist()
@@ -233,7 +240,14 @@ class KasminaLayer(nn.Module):
                 self.alpha[seed] = 0
 
     @torch.no_grad()
-    def initialise(self, seed: int, generator: torch.Generator, *, outgoing: bool = False) -> None:
+    def initialise(
+        self,
+        seed: int,
+        generator: torch.Generator,
+        *,
+        outgoing: bool = False,
+        units: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Fresh weights for one seed, as `torch.nn.Linear` draws them.
 
         Args:
@@ -241,10 +255,12 @@ class KasminaLayer(nn.Module):
             generator: CPU generator of all draws.
             outgoing: False: outgoing weights 0, so that the seed changes nothing whatever alpha
                 is. True: random ones, for a topology that is trained from scratch.
+            units: Incoming weights `[C, n]` and biases `[n]` of its first n hidden units, in
+                place of drawn ones; of a span `[I, 1]` and `[1]`.
         """
         for weights, fan, random in (
             (self.w_in, self.fan_in, True),
-            (self.bias, self.fan_in, True),
+            (self.bias, self.fan_in, self.biased),
             (self.w_out, max(1, int(self.hidden_used[seed])), outgoing),
         ):
             bound = 1 / math.sqrt(fan) if random else 0.0
@@ -253,6 +269,15 @@ class KasminaLayer(nn.Module):
             local, held = local_rows(weights)
             if held.start <= seed < held.stop:
                 local[seed - held.start] = ((2 * draw - 1) * bound).to(local)
+        if units is not None:
+            for weights, chosen in zip((self.w_in, self.bias), units, strict=True):
+                local, held = local_rows(weights)
+                if held.start <= seed < held.stop:
+                    row = local[seed - held.start]
+                    if self.geometry == "span":
+                        row.copy_(chosen.reshape(row.shape))
+                    else:
+                        row[..., : chosen.shape[-1]] = chosen.to(row)
         self.progress[seed] = 0
         self.alpha[seed] = 0
         self.graft_loss[seed] = math.nan
@@ -340,7 +365,7 @@ class KasminaLayer(nn.Module):
         return self._watch(output, observe) if learning else output
 
     def _run(self, output: Tensor, source: Tensor | None, learning: bool, observe: bool) -> Tensor:
-        return self._unrows(self._run_rows(self._rows(output), source, learning, observe), output)
+        return self._unrows(self._run_rows(self.rows(output), source, learning, observe), output)
 
     def _run_rows(
         self, rows: Tensor, source: Tensor | None, learning: bool, observe: bool
@@ -355,10 +380,10 @@ class KasminaLayer(nn.Module):
         )  # fmt: skip
         if self.geometry == "chunk":
             return chunk_seeds(
-                rows, *self.pool(), self.alpha, self.phi, self.hidden_used, **options
+                rows, *self._weights(), self.alpha, self.phi, self.hidden_used, **options
             )
         x = self._source_rows(source)
-        return span_seeds(x, rows, *self.pool(), self.alpha, self.phi, **options)
+        return span_seeds(x, rows, *self._weights(), self.alpha, self.phi, **options)
 
     def _may_blend(self) -> bool:
         """False if every alpha is 0, as in a ramp's first step; a GPU is not asked."""
@@ -367,8 +392,8 @@ class KasminaLayer(nn.Module):
     def _train_alone(self, output: Tensor, source: Tensor | None, observe: bool) -> Tensor:
         """Show the gradient to the seeds in TRAINING, while no seed is awake."""
         read = None if source is None else source.detach()
-        rows = self._run_rows(self._rows(output).detach(), read, True, observe)
-        y: Tensor = _Alongside.apply(output, rows, self._rows)  # type: ignore[no-untyped-call]
+        rows = self._run_rows(self.rows(output).detach(), read, True, observe)
+        y: Tensor = _Alongside.apply(output, rows, self.rows)  # type: ignore[no-untyped-call]
         return y
 
     def _watch(self, output: Tensor, observe: bool) -> Tensor:
@@ -378,11 +403,11 @@ class KasminaLayer(nn.Module):
             # behind a frozen host nothing asks for this gradient but the score of the seeds
             y = y.detach().requires_grad_().clone()
         if observe:
-            telemetry.add_activations(self._told(), self._rows(output))
+            telemetry.add_activations(self._told(), self.rows(output))
             if y._is_view():
                 # a module that works in place on a view would take the hook away with its history
                 y = y.clone()
-            y.register_hook(lambda dy: telemetry.add_gradient(self._told(), self._rows(dy)))
+            y.register_hook(lambda dy: telemetry.add_gradient(self._told(), self.rows(dy)))
         return y
 
     def _check(self, output: Tensor) -> None:
@@ -393,7 +418,8 @@ class KasminaLayer(nn.Module):
                 "and `channel_axis`."
             )
 
-    def _rows(self, tensor: Tensor) -> Tensor:
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The tensor with its channels last and all other axes in one, `[T, D]`."""
         return tensor.movedim(self.channel_axis, -1).reshape(-1, tensor.shape[self.channel_axis])
 
     def _unrows(self, rows: Tensor, like: Tensor) -> Tensor:
@@ -414,7 +440,7 @@ class KasminaLayer(nn.Module):
                 "must take it as a positional argument, and run before its last, in every "
                 "forward pass."
             )
-        return self._rows(source)
+        return self.rows(source)
 
     def capture_source(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of a span's first module.
@@ -485,9 +511,34 @@ class KasminaLayer(nn.Module):
         """Hidden activations of the given span units, `[T, n]`."""
         return span_hidden(source, self.w_in[rows], self.bias[rows], self.phi[rows])
 
+    @torch.no_grad()
+    def silent_frac(self, source: Tensor | None) -> Tensor:
+        """Share of each awake seed's hidden units that are 0 in all rows, `[S]`, on the CPU.
+
+        Args:
+            source: Rows that the seeds read, `[T, I]` (chunk sites: all channels, `[T, D]`).
+
+        Returns:
+            NaN for seeds that sleep or have no hidden units, and for all without `source`.
+        """
+        found = torch.full((self.num_seeds,), math.nan)
+        awake = torch.isin(self.state[:, STAGE].cpu(), torch.tensor(sorted(AWAKE_STAGES)))
+        if source is None:
+            return found
+        for seed in (awake & (self.hidden_used.cpu() > 0)).nonzero()[:, 0].tolist():
+            used, code = int(self.hidden_used[seed]), int(self.phi[seed])
+            if self.geometry == "span":
+                z = source @ self.w_in[seed, :, None].float() + self.bias[seed].float()
+            else:
+                read = source[:, seed * self.fan_in : (seed + 1) * self.fan_in]
+                z = (read @ self.w_in[seed].float() + self.bias[seed].float())[:, :used]
+            found[seed] = (PHI[code](z) == 0).all(0).float().mean().cpu()
+        return found
+
     def seed_parameters(self, blueprint: Blueprint) -> int:
         """Parameters of one seed of that blueprint on this site."""
-        return blueprint.parameters(self.geometry, self.fan_in, self.hidden, self.fan_out)
+        all_biased = blueprint.parameters(self.geometry, self.fan_in, self.hidden, self.fan_out)
+        return all_biased - (not self.biased and blueprint.hidden_frac > 0)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -31,6 +31,11 @@ class SiteReport:
         progress: Progress of the graft in [0, 1].
         grad_energy: Mean squared gradient of the loss at the seed's channels, times the batch's
             rows squared (so that it does not depend on the batch size).
+        bottleneck: Expressivity bottleneck: mean over the samples of the squared change of the
+            site's output that the loss wants, the host's own weights cannot make, and a new
+            seed with matched units could; of dormant seeds, if the interval was measured.
+        silent_frac: Share of an awake seed's hidden units that are 0 for every sample, if the
+            interval was measured; a seed with 1 is dead, and no gradient will ever wake it.
         variance: Variance of the seed's channels.
         dead_frac: Share of the seed's activations with |x| < 1e-6.
         explained_frac: Share of the isolated target that the seed explains; at most 1.
@@ -49,6 +54,8 @@ class SiteReport:
     alpha: Floats
     progress: Floats
     grad_energy: Floats
+    bottleneck: Floats
+    silent_frac: Floats
     variance: Floats
     dead_frac: Floats
     explained_frac: Floats

@@ -63,7 +63,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         CheckpointError: If the folder is no checkpoint or is damaged.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     file = folder / Path(manifest["tensors"]).name
     try:
         payload = file.read_bytes()
@@ -95,7 +95,7 @@ def _require_ours(folder: Path) -> None:
             f"{folder} must be a checkpoint or an empty folder to be saved to, but holds "
             f"{', '.join(sorted(foreign)[:3])}; choose another folder."
         )
-    _read_manifest(folder)
+    read_manifest(folder)
 
 
 def _is_leftover(path: Path) -> bool:
@@ -104,7 +104,12 @@ def _is_leftover(path: Path) -> bool:
     )
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The content of a checkpoint without its tensors.
+
+    Raises:
+        CheckpointError: If the folder is no checkpoint, or its manifest is damaged.
+    """
     file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))

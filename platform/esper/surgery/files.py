@@ -14,6 +14,7 @@ from esper.seeds.grafting import GRAFTS, GraftSignals
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.state import BLUEPRINT, GRAFT
 from esper.surgery.checkpoint_folder import CheckpointError, read_checkpoint, write_checkpoint
+from esper.surgery.growth_log import pack_log, unpack_log
 from esper.surgery.lattice import Lattice, attach, lattice_of
 
 
@@ -40,16 +41,28 @@ def save(
         ValueError: If the lattice is not the model's.
     """
     folder = Path(path)
+    write_checkpoint(folder, *pack(model, lattice, optimizer))
+    return folder
+
+
+def pack(
+    model: nn.Module, lattice: Lattice, optimizer: torch.optim.Optimizer | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save` writes: tensors by name, and the rest as JSON.
+
+    Raises:
+        ValueError: If the lattice is not the model's.
+    """
     if lattice.model is not model:
         raise ValueError("lattice must be the model's own to be saved with it, but is another's.")
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     optimizer_json: Any = None
     if optimizer is not None:
-        optimizer_json, moments = _pack_optimizer(optimizer, model)
+        moments, packed = pack_optimizer(optimizer.state_dict(), "optimizer.")
         tensors |= moments
-    content = {"lattice": _describe(lattice), "optimizer": optimizer_json}
-    write_checkpoint(folder, tensors, content)
-    return folder
+        names = _parameter_names(optimizer, model)
+        optimizer_json = {"class": type(optimizer).__name__, "parameters": names, **packed}
+    return tensors, {"lattice": _describe(lattice), "optimizer": optimizer_json}
 
 
 def load(
@@ -72,18 +85,35 @@ def load(
         CheckpointError: If the folder is no checkpoint, is damaged, or does not fit.
     """
     manifest, tensors = read_checkpoint(Path(path))
+    return unpack(path, manifest, tensors, model, lattice_of(model), optimizer)
+
+
+def unpack(
+    path: str | Path, manifest: dict[str, Any], tensors: dict[str, Tensor],
+    model: nn.Module, before: Lattice | None, optimizer: torch.optim.Optimizer | None,
+) -> Lattice:  # fmt: skip
+    """Restore what `pack` made and `read_checkpoint` read; see `load`.
+
+    Args:
+        path: For errors.
+        manifest: What was read.
+        tensors: Likewise.
+        model: As `load` takes it.
+        before: The lattice it has; None to have the saved one attached.
+        optimizer: As `load` takes it.
+    """
     if optimizer is not None and manifest["optimizer"] is None:
         raise CheckpointError(
             f"{path} must hold an optimizer to restore one, but was saved without; "
             "pass `optimizer` to `save`, or leave it out here."
         )
-    before = lattice_of(model)
     try:
         lattice = before or _rebuild(manifest["lattice"], model)
-        own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        own = under("model.", tensors)
         _require_fit(path, model, lattice, own, manifest["lattice"])
-        own = _renumbered(model, own, manifest["lattice"])
+        own = renumbered(model, own, manifest["lattice"])
         growth = GrowthConfig.model_validate(manifest["lattice"]["growth"])
+        log = unpack_log(manifest["lattice"].get("log", []))
         if optimizer is not None:
             _require_same_parameters(path, optimizer, model, manifest["optimizer"])
     except (ValueError, AttributeError, UnknownNameError) as error:
@@ -93,11 +123,17 @@ def load(
             raise
         raise CheckpointError(f"{path} must fit the model, but: {error}") from error
     model.load_state_dict(own)
-    lattice.growth = growth
+    lattice.growth, lattice.log = growth, log
     _restore(lattice, manifest["lattice"])
     if optimizer is not None:
-        _unpack_optimizer(optimizer, manifest["optimizer"], tensors)
+        moments = under("optimizer.", tensors)
+        optimizer.load_state_dict(unpack_optimizer(manifest["optimizer"], moments))
     return lattice
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, named by the rest."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _describe(lattice: Lattice) -> dict[str, Any]:
@@ -111,6 +147,7 @@ def _describe(lattice: Lattice) -> dict[str, Any]:
         "interval": lattice.interval,
         "signals": dataclasses.asdict(lattice._signals),
         "grad_norms": lattice._grad_norms,
+        "log": pack_log(lattice.log),
     }
 
 
@@ -178,7 +215,7 @@ def _require_fit(
         )
 
 
-def _renumbered(
+def renumbered(
     model: nn.Module, tensors: dict[str, Tensor], saved: dict[str, Any]
 ) -> dict[str, Tensor]:
     """Blueprint and graft ids are positions in a registry, which may differ in this process."""
@@ -203,24 +240,27 @@ def _ids_here(ids: Tensor, here: Registry[Any], there: list[str]) -> Tensor:
     return torch.tensor([known.index(n) for n in names], dtype=ids.dtype)
 
 
-def _pack_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module
-) -> tuple[Any, dict[str, Tensor]]:
-    content = optimizer.state_dict()
+def pack_optimizer(
+    content: dict[str, Any], prefix: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state dict as tensors, named with the prefix, and JSON."""
     tensors, numbers = {}, {}
     for index, state in content["state"].items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{key}"] = value
+                tensors[f"{prefix}{index}.{key}"] = value
             else:
                 numbers[f"{index}.{key}"] = value
-    packed = {
-        "class": type(optimizer).__name__,
-        "parameters": _parameter_names(optimizer, model),
-        "param_groups": content["param_groups"],
-        "numbers": numbers,
-    }
-    return packed, tensors
+    return tensors, {"param_groups": content["param_groups"], "numbers": numbers}
+
+
+def unpack_optimizer(saved: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The state dict that `pack_optimizer` packed; tensors are named without the prefix."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in [*tensors.items(), *saved["numbers"].items()]:
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    return {"state": state, "param_groups": saved["param_groups"]}
 
 
 def _parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str | None]]:
@@ -244,14 +284,3 @@ def _require_same_parameters(
             "order and groups, but does not; attach the lattice before you build the optimizer, "
             "and build it as it was when it was saved."
         )
-
-
-def _unpack_optimizer(
-    optimizer: torch.optim.Optimizer, saved: Any, tensors: dict[str, Tensor]
-) -> None:
-    state: dict[int, dict[str, Any]] = {}
-    moments = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
-    for name, value in [*moments.items(), *saved["numbers"].items()]:
-        index, key = name.removeprefix("optimizer.").split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})

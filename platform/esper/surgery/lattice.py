@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -19,15 +21,27 @@ from esper.seeds.grafting import GRAFTS, GraftSignals
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.lifecycle import Transition, advance
 from esper.seeds.local_rows import is_distributed
+from esper.seeds.matching import (
+    SCORED_CANDIDATES,
+    Rows,
+    chunk_units,
+    linear_unit,
+    span_units,
+    without,
+)
 from esper.seeds.report import Report, SiteReport
 from esper.seeds.state import AWAKE_STAGES, BLUEPRINT, EPOCHS, STAGE, SeedState, Stage
+from esper.surgery.measure import Loss, measure_rows
 from esper.surgery.sites import Site, find_sites, input_features, output_channels
+from esper_kernels import PHI
 
 # held-out losses: one number a sample (its standard error is then known), or their mean
 Evaluate = Callable[[], Tensor | float]
 _HANDLE = "_esper_lattice"
 # weights of each host tensor that the drift is measured on
 DRIFT_SAMPLES = 4096
+# units of a span that are told apart in a report
+RANKED_UNITS = 8
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,8 @@ class Lattice:
         self._signals = GraftSignals()
         self._grad_norms: list[float] = []
         self._drift_base: list[Tensor] | None = None
+        # what the last report measured; new seeds are matched to it
+        self._measured: dict[str, Rows] = {}
 
     def layer(self, site: str) -> KasminaLayer:
         """The layer of a site.
@@ -106,7 +122,12 @@ class Lattice:
         """Optimizer steps that moved the lattice."""
         return max((layer.steps for layer in self._layers()), default=0)
 
-    def report(self, loss: float | None = None, evaluate: Evaluate | None = None) -> Report:
+    def report(
+        self,
+        loss: float | None = None,
+        evaluate: Evaluate | None = None,
+        measure: Loss | None = None,
+    ) -> Report:
         """What happened since the last report; one device read a site, and a new interval.
 
         Args:
@@ -114,16 +135,22 @@ class Lattice:
             evaluate: Returns the held-out loss of the model as it is now, as one value a
                 sample, `[N]`, or as their mean. Called in eval mode without gradient: once, and
                 once more for each seed in EVALUATING, with that seed switched off.
+            measure: Returns the mean loss of a batch of training data, with its gradient, for the
+                bottleneck and matched units. Called once, in eval mode; the parameters'
+                gradients are left as they are.
 
         Returns:
             The report; values that could not be measured are None or NaN.
 
         Raises:
-            ValueError: If seeds should have learned but no optimizer holds their parameters.
+            ValueError: If seeds should have learned but no optimizer holds their parameters, or
+                `measure` does not run the model.
+            NotFiniteError: If what is measured holds values that are not finite.
         """
         self._require_moving()
         loss = None if loss is None else float(loss)
         held_out = self._evaluate(evaluate)
+        self._measured = {} if measure is None else measure_rows(self.model, self.attached, measure)
         self.interval += 1
         for layer in self._layers():
             layer.state[:, EPOCHS] += layer.state[:, STAGE] != Stage.DORMANT
@@ -168,7 +195,7 @@ class Lattice:
         Raises:
             IllegalTransitionError: If a seed's stage does not allow its action.
             ValueError: If a site or seed does not exist, a blueprint does not fit, or a graft
-                strategy needs a signal that the last report did not measure.
+                strategy or a seed to be matched needs what the last report did not measure.
         """
         transitions = self.check(actions)
         changed = dict.fromkeys(t.action.site for t in transitions)
@@ -201,6 +228,7 @@ class Lattice:
             after = advance(before, action)
             if isinstance(action, Germinate):
                 BLUEPRINTS[action.blueprint].require(layer.geometry, layer.hidden)
+                self._require_measured(action)
             states[action.site][action.seed] = after
             transitions.append(Transition(self.interval, self.steps, action, before, after))
         grafts = [GRAFTS[name] for name in GRAFTS]
@@ -271,7 +299,68 @@ class Lattice:
         layer = self.layer(action.site)
         layer.on_enter(action.seed, after, self._signals.loss)
         if after.stage is Stage.GERMINATED:
-            layer.initialise(action.seed, self._generator(action.site, action.seed))
+            generator = self._generator(action.site, action.seed)
+            units = None
+            if self.growth.initialisation != "random":
+                units = self._match(action.site, action.seed, after.blueprint_id, generator)
+            layer.initialise(action.seed, generator, units=units)
+
+    def _require_measured(self, action: Germinate) -> None:
+        wanted = self.growth.initialisation == "matched"
+        if (
+            wanted
+            and BLUEPRINTS[action.blueprint].elementwise
+            and action.site not in self._measured
+        ):
+            raise ValueError(
+                f"'{action.site}' must be measured before a seed is matched to it, but is not; "
+                "give `measure` to `lattice.report(...)` or set growth.initialisation to 'random'."
+            )
+
+    def _match(
+        self, site: str, seed: int, kind: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor] | None:
+        """Units for a new seed; None if its units cannot be told apart, which are drawn then."""
+        blueprint = BLUEPRINTS[tuple(BLUEPRINTS)[kind]]
+        if not blueprint.elementwise:
+            return None
+        layer, rows, phi = self.layer(site), self._measured[site], PHI[blueprint.phi]
+        if layer.geometry == "chunk":
+            count = blueprint.hidden(layer.hidden)
+            units = chunk_units(rows, [seed], layer.num_seeds, phi, count, generator)
+            return units.w_in[0], units.bias[0]
+        if self.growth.initialisation != "matched":
+            tiny = self.growth.initialisation == "tiny"
+            units, self._measured[site] = linear_unit(rows, tiny=tiny)
+            return units.w_in[0], units.bias[0]
+        units = span_units(rows, phi, 1, generator, biased=layer.biased)
+        # the next seed of this wave is to find something else
+        hidden = phi(rows.source @ units.w_in[0] + units.bias[0])
+        self._measured[site] = without(rows, hidden)
+        return units.w_in[0], units.bias[0]
+
+    def _bottleneck(self, site: str, layer: KasminaLayer, stage: NDArray[np.int32]) -> Tensor:
+        """The bottleneck of every dormant seed; NaN for others, and where nothing was measured."""
+        found = torch.full((layer.num_seeds,), math.nan)
+        dormant = [int(s) for s in (stage == Stage.DORMANT).nonzero()[0]]
+        if site not in self._measured or not dormant:
+            return found
+        blueprint = BLUEPRINTS[self.growth.measured_blueprint]
+        generator = self._generator(site, -1)
+        rows, phi = self._measured[site], PHI[blueprint.phi]
+        if layer.geometry == "span":
+            # slots are alike: the lowest is worth the best unit, the next what is left then
+            count = min(len(dormant), RANKED_UNITS)
+            units = span_units(
+                rows, phi, count, generator, biased=layer.biased, candidates=SCORED_CANDIDATES
+            )
+            gain = units.gain[0].cpu()
+            found[dormant] = torch.cat([gain, gain[-1:].expand(len(dormant) - count)])
+        else:
+            count = blueprint.hidden(layer.hidden)
+            units = chunk_units(rows, dormant, layer.num_seeds, phi, count, generator)
+            found[dormant] = units.gain.sum(1).cpu()
+        return found
 
     def _generator(self, site: str, seed: int) -> torch.Generator:
         # a function of where and when, so that a resumed run draws the same weights
@@ -303,9 +392,12 @@ class Lattice:
             for n in BLUEPRINTS
             if BLUEPRINTS[n].fits(layer.geometry, layer.hidden)
         }
+        bottleneck = self._bottleneck(name, layer, ints["stage"])
+        silent = layer.silent_frac(self._measured[name].source if name in self._measured else None)
         return SiteReport(
-            name=name, geometry=layer.geometry, **ints, **columns,
-            gain=gain[0].numpy(), gain_se=gain[1].numpy(), seed_parameters=fitting,
+            name=name, geometry=layer.geometry, **ints, **columns, bottleneck=bottleneck.numpy(),
+            silent_frac=silent.numpy(), gain=gain[0].numpy(), gain_se=gain[1].numpy(),
+            seed_parameters=fitting,
         )  # fmt: skip
 
     def _gain(self, layer: KasminaLayer, seed: int, evaluate: Evaluate, held_out: Tensor) -> Tensor:
@@ -376,7 +468,7 @@ def attach(
 
     Args:
         model: Any PyTorch model; its code is not touched.
-        sites: Module path or glob, or a span `a->b` inside one parent.
+        sites: Module path or glob, or a span `a->b` inside one module that runs both ends.
         seeds_per_layer: Seeds at each site; for chunk sites a divisor of the channels.
         geometry: 'chunk', or 'span' for units across a module or span.
         hidden: Hidden units of a chunk seed; None: the chunk's width, at least 2.
@@ -462,11 +554,14 @@ def _make_layer(
             f"sites must be spans that begin at a Linear, Conv or norm module, "
             f"but '{site.first}' is a {kind}; begin the span one module later or earlier."
         )
+    # a unit is made as the host's own are: where a span's first module has no bias, it has none
+    first = model.get_submodule(site.first)
+    biased = geometry == "chunk" or getattr(first, "bias", True) is not None
     tensor = next(last.parameters(), next(model.parameters(), torch.zeros(())))
     layer = KasminaLayer(
         channels or width, num_seeds, geometry=geometry, hidden=hidden, in_features=inputs,
         channel_axis=axis if channel_axis is None else channel_axis,
-        dtype=tensor.dtype, device=tensor.device,
+        biased=biased, dtype=tensor.dtype, device=tensor.device,
     )  # fmt: skip
     return layer.train(last.training)
 

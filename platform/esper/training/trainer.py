@@ -6,9 +6,12 @@ actions to `apply`.
 
 import copy
 import dataclasses
+import hashlib
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,14 +20,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esper.config.run import TrainConfig
 from esper.seeds.actions import Action, Rollback
+from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.lifecycle import Transition
+from esper.seeds.matching import NotFiniteError
 from esper.seeds.report import Report
+from esper.seeds.state import GRAFTED_STAGES, SeedState, Stage
 from esper.surgery.lattice import Lattice
+from esper.training.snapshot import (
+    MAX_SNAPSHOTS,
+    Place,
+    Snapshot,
+    before_grafts,
+    on_trial,
+    still_needed,
+)
 from esper.training.tasks import Split, TaskData
+
+# what a rollback adds to the reason in the log
+BACK = "; back to step "
 
 
 class CollapseError(RuntimeError):
-    """The loss stopped being a number; the run is recorded as collapsed, never dropped."""
+    """The loss stopped being a number."""
 
     def __init__(self, step: int, what: str) -> None:
         # all arguments go to the base class so that the error survives pickling between actors
@@ -36,16 +53,6 @@ class CollapseError(RuntimeError):
 
 
 @dataclass
-class Checkpoint:
-    """Host, seeds, optimizer and random state in memory, from the end of a good interval."""
-
-    model: dict[str, Any]
-    optimizer: dict[str, Any]
-    generators: tuple[Tensor, Tensor]
-    order: Tensor
-
-
-@dataclass
 class Cost:
     """What training has cost so far; evaluation is not counted.
 
@@ -53,10 +60,15 @@ class Cost:
         flops: Floating point operations of forward and backward passes, counted by torch on
             one step each time the topology changed, times the steps.
         seconds: Wall time of the training steps.
+        growth_flops: Operations of measuring for new seeds and choosing their units, and of the
+            held-out evaluations made for the report.
+        growth_seconds: Wall time of the same.
     """
 
     flops: float = 0.0
     seconds: float = 0.0
+    growth_flops: float = 0.0
+    growth_seconds: float = 0.0
     flops_per_step: float | None = None
 
 
@@ -102,7 +114,8 @@ class Trainer:
         self.optimizer = _make_optimizer(config, list(model.parameters()))
         self.step = 0
         self.cost = Cost()
-        self._checkpoint = self._snapshot()
+        # what a rollback may go back to, oldest first
+        self.past: list[Snapshot] = []
 
     def run_interval(self, steps: int | None = None) -> Report:
         """Train for some steps and report.
@@ -132,41 +145,124 @@ class Trainer:
         self.step += steps
         assert self.cost.flops_per_step is not None
         self.cost.flops += steps * self.cost.flops_per_step
-        loss = float(total) / steps
-        if not math.isfinite(loss):
-            raise CollapseError(self.step, f"training loss {loss}")
-        report = self.lattice.report(loss, self._held_out_losses)
+        intervals = self.lattice.interval
+        try:
+            report = self._report(float(total) / steps)
+        except CollapseError:
+            # the interval is over, though it is not worth a report
+            self.lattice.interval = intervals + 1
+            raise
         # a host alone has no seeds that would count the steps
-        report = dataclasses.replace(report, step=self.step)
-        if report.held_out_loss is not None and not math.isfinite(report.held_out_loss):
-            raise CollapseError(self.step, f"held-out loss {report.held_out_loss}")
-        return report
+        return dataclasses.replace(report, step=self.step)
 
-    def apply(self, actions: list[Action]) -> list[Transition]:
+    def apply(self, actions: Sequence[Action], note: Any = None) -> list[Transition]:
         """Apply a controller's actions at the end of the interval.
 
-        A Rollback restores host, seeds, optimizer and data order as they were at the end of the
-        interval before, and then marks its seed.
+        Before a graft begins, everything is remembered for `roll_back`.
+
+        Args:
+            actions: Any but Rollback.
+            note: What `roll_back` returns when it comes back to this moment, as JSON.
 
         Returns:
             The transitions.
 
         Raises:
-            ValueError: As `Lattice.apply` does; nothing is changed then.
+            ValueError: As `Lattice.apply` does, or for a Rollback; nothing is changed then.
         """
-        if any(isinstance(a, Rollback) for a in actions):
-            self.lattice.check(actions)
-            stages = {name: a.layer.states() for name, a in self.lattice.attached.items()}
-            self._restore(self._checkpoint)
-            # weights go back; the lifecycle does not, or the seed's failure would be forgotten
-            for name, states in stages.items():
-                self.lattice.layer(name).write_states(states)
-            self.lattice.restart_drift()
+        if any(isinstance(action, Rollback) for action in actions):
+            raise ValueError(
+                "actions must hold no Rollback, which undoes what others do; call `roll_back`."
+            )
+        grafts = any(t.after.stage is Stage.GRAFTING for t in self.lattice.check(actions))
+        if grafts and len(self.past) < MAX_SNAPSHOTS:
+            self.past.append(self._snapshot(note))
         transitions = self.lattice.apply(actions)
-        if transitions:
-            self.cost.flops_per_step = None
-        self._checkpoint = self._snapshot()
+        self._changed(transitions)
         return transitions
+
+    def suspects(self) -> list[Place]:
+        """Seeds on trial, if a state is remembered in which they were not grafted."""
+        return [
+            place
+            for place, state in (self._states() if self.past else {}).items()
+            if on_trial(state, self.lattice.growth) and before_grafts(self.past, [place])
+        ]
+
+    def diverged(self) -> list[Place]:
+        """Seeds in TRAINING whose own weights are no numbers any more; the host is unharmed."""
+        return [
+            (site, seed)
+            for site, attached in self.lattice.attached.items()
+            for seed in _not_finite(attached.layer, Stage.TRAINING)
+        ]
+
+    def roll_back(self, rollbacks: Sequence[Rollback]) -> Any:
+        """Go back to before the first of some seeds was grafted, without them.
+
+        Host, seeds, optimizer, random generators and order of the data become what they were.
+        Steps, intervals and cost count on, and every seed whose stage changes gets a line in the
+        lattice's log. Nothing is restored if none of the seeds was grafted, since they never
+        touched the host then, or if no state without them is remembered.
+
+        Args:
+            rollbacks: One for each of the seeds.
+
+        Returns:
+            The note that was given to `apply` at that moment; None if nothing was restored.
+
+        Raises:
+            IllegalTransitionError: If a seed cannot be rolled back; nothing is changed then.
+        """
+        before = self._states()
+        seeds = {(r.site, r.seed) for r in rollbacks} & _grafted(before)
+        goal = before_grafts(self.past, seeds) if seeds else None
+        back = "" if goal is None else f"{BACK}{goal.step}"
+        marks = self.lattice.check(
+            [dataclasses.replace(r, reason=f"{r.reason}{back}") for r in rollbacks]
+        )
+        if goal is not None:
+            self._restore(goal)
+            self.past = [snapshot for snapshot in self.past if snapshot.step <= goal.step]
+        marked = {(t.action.site, t.action.seed): t.after for t in marks}
+        after = self._states() | marked
+        undone = [
+            self._undoing(place, state, after[place], back)
+            for place, state in before.items()
+            if place not in marked and _differ(state, after[place])
+        ]
+        for site, attached in self.lattice.attached.items():
+            attached.layer.write_states([state for (s, _), state in after.items() if s == site])
+        for (site, seed), state in marked.items():
+            self.lattice.layer(site).on_enter(seed, state, None)
+        self.lattice.log += [*marks, *undone]
+        self._changed(marks)
+        return None if goal is None else goal.note
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """Hash of all three splits: a run can only be continued with the data it began with."""
+        digest = hashlib.sha256()
+        for tensor in (*self.data.train, *self.data.held_out, *self.data.test):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def random_state(self) -> tuple[Tensor, ...]:
+        """Torch's generator, that of the data's order, the rows left of the epoch, and the GPU's.
+
+        The last only if the data is on a GPU; generators are uint8, rows int64.
+        """
+        state = torch.get_rng_state(), self._order_rng.get_state(), self._order.clone()
+        device = self._train[0].device
+        return (*state, torch.cuda.get_rng_state(device)) if device.type == "cuda" else state
+
+    def set_random_state(self, state: tuple[Tensor, ...]) -> None:
+        """Go on with what `random_state` returned."""
+        torch.set_rng_state(state[0])
+        self._order_rng.set_state(state[1])
+        self._order = state[2].clone()
+        if len(state) > 3:
+            torch.cuda.set_rng_state(state[3], self._train[0].device)
 
     def evaluate(self, split: str = "test") -> dict[str, float]:
         """Metrics of one split ('train', 'held_out' or 'test') in eval mode."""
@@ -175,9 +271,38 @@ class Trainer:
         with torch.no_grad():
             return self.data.metrics(split, self.model(x), y)
 
+    def _report(self, loss: float) -> Report:
+        """The lattice's report; what measuring for new seeds takes is counted."""
+        if not math.isfinite(loss):
+            raise CollapseError(self.step, f"training loss {loss}")
+        if not self.lattice.growth.measured_samples or not self.lattice.attached:
+            return self.lattice.report(loss, self._held_out_losses)
+        started = time.perf_counter()
+        try:
+            with FlopCounterMode(display=False) as counter:
+                report = self.lattice.report(loss, self._held_out_losses, self._measured_loss)
+        except NotFiniteError as error:
+            raise CollapseError(self.step, str(error)) from error
+        self.cost.growth_flops += float(counter.get_total_flops())
+        self.cost.growth_seconds += time.perf_counter() - started
+        return report
+
+    def _measured_loss(self) -> Tensor:
+        x, y = self._train
+        # a function of the step, so that neither the data's order nor a resumed run sees a change
+        drawn = torch.Generator().manual_seed(self.step)
+        rows = torch.randperm(len(x), generator=drawn)[: self.lattice.growth.measured_samples]
+        rows = rows.to(x.device)
+        return self.data.losses(self.model(x[rows]), y[rows]).mean()
+
     def _held_out_losses(self) -> Tensor:
         x, y = self._held_out
-        return self.data.losses(self.model(x), y)
+        losses = self.data.losses(self.model(x), y)
+        mean = float(losses.mean())
+        # at once, since nothing else can be measured on such a model
+        if not math.isfinite(mean):
+            raise CollapseError(self.step, f"held-out loss {mean}")
+        return losses
 
     def _step(self) -> Tensor:
         x, y = self._next_batch()
@@ -206,20 +331,61 @@ class Trainer:
         self.cost.flops_per_step = float(counter.get_total_flops())
         return loss
 
-    def _snapshot(self) -> Checkpoint:
-        return Checkpoint(
+    def _states(self) -> dict[Place, SeedState]:
+        return {
+            (site, seed): state
+            for site, attached in self.lattice.attached.items()
+            for seed, state in enumerate(attached.layer.states())
+        }
+
+    def _undoing(self, place: Place, before: SeedState, after: SeedState, back: str) -> Transition:
+        """The line of the log for a seed that went back with the run."""
+        action = Rollback(*place, f"undone{back}")
+        return Transition(self.lattice.interval, self.lattice.steps, action, before, after)
+
+    def _changed(self, transitions: Sequence[Transition]) -> None:
+        if transitions:
+            self.cost.flops_per_step = None
+        if self.past:
+            growth = self.lattice.growth
+            trials = [place for place, s in self._states().items() if on_trial(s, growth)]
+            self.past = still_needed(self.past, trials)
+
+    def _snapshot(self, note: Any) -> Snapshot:
+        return Snapshot(
+            step=self.step,
             model={k: v.detach().clone() for k, v in self.model.state_dict().items()},
             optimizer=copy.deepcopy(self.optimizer.state_dict()),
-            generators=(torch.get_rng_state(), self._order_rng.get_state()),
-            order=self._order,
+            random=self.random_state(),
+            signals=self.lattice._signals,
+            grad_norms=self.lattice._grad_norms,
+            grafted=_grafted(self._states()),
+            note=note,
         )
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        self.model.load_state_dict(checkpoint.model)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        torch.set_rng_state(checkpoint.generators[0])
-        self._order_rng.set_state(checkpoint.generators[1])
-        self._order = checkpoint.order
+    def _restore(self, snapshot: Snapshot) -> None:
+        self.model.load_state_dict(snapshot.model)
+        # a copy: the optimizer would go on to change the snapshot's own tensors
+        self.optimizer.load_state_dict(copy.deepcopy(snapshot.optimizer))
+        self.set_random_state(snapshot.random)
+        self.lattice._signals, self.lattice._grad_norms = snapshot.signals, snapshot.grad_norms
+        for attached in self.lattice.attached.values():
+            attached.layer.reset_telemetry()
+        self.lattice.restart_drift()
+
+
+def _grafted(states: Mapping[Place, SeedState]) -> frozenset[Place]:
+    return frozenset(place for place, s in states.items() if s.stage in GRAFTED_STAGES)
+
+
+def _not_finite(layer: KasminaLayer, stage: Stage) -> list[int]:
+    seeds = [i for i, state in enumerate(layer.states()) if state.stage is stage]
+    return [i for i in seeds if not all(bool(w[i].isfinite().all()) for w in layer.pool())]
+
+
+def _differ(a: SeedState, b: SeedState) -> bool:
+    """Whether more than the time in the stage has changed."""
+    return dataclasses.replace(a, epochs=0) != dataclasses.replace(b, epochs=0)
 
 
 def _make_optimizer(config: TrainConfig, params: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,5 +1,8 @@
 """Tamiyo grows on a plateau, where the gradient asks for it most, one wave at a time."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -48,7 +51,25 @@ def test_a_wave_takes_the_best_scores_of_all_sites(make_report, make_site):
     for interval in (1, 2, 3):
         actions = controller.decide(make_report(a, b, interval=interval))
     assert germinated(actions) == [("a", 1), ("b", 0), ("a", 3)]
-    assert actions[0].reason == "plateau; gradient energy 0.9"
+    assert actions[0].reason == "plateau; grad_energy 0.9"
+
+
+def test_the_bottleneck_counts_for_each_parameter(make_report, make_site):
+    cheap = make_site("a", bottleneck=[0.5, 0.1, 0.1, 0.1])
+    dear = make_site("b", bottleneck=[0.9, 0.1, 0.1, 0.1])
+    dear = replace(dear, seed_parameters=dict.fromkeys(dear.seed_parameters, 200))
+    controller = tamiyo(seeds_per_wave=2, score="bottleneck")
+    for interval in (1, 2, 3):
+        actions = controller.decide(make_report(cheap, dear, interval=interval))
+    assert germinated(actions) == [("a", 0), ("b", 0)]
+
+
+def test_a_bottleneck_that_was_not_measured_is_an_error(make_report, make_site):
+    controller = tamiyo(patience_intervals=1, score="bottleneck")
+    site = make_site("a", bottleneck=np.nan)
+    controller.decide(make_report(site))
+    with pytest.raises(MissingMeasurementError, match=r"set growth\.measured_samples"):
+        controller.decide(make_report(site, interval=2))
 
 
 def test_a_span_gives_its_lowest_free_slots(make_report, make_site):

@@ -1,9 +1,12 @@
 """The shield lets through what is legal, affordable and earned, and says why not."""
 
+import json
+
 import pytest
 
 from esper.config.run import GrowthConfig
 from esper.controller import Shield
+from esper.controller.base import Stateless
 from esper.seeds.actions import Advance, Cull, Germinate, Promote, Rollback
 from esper.seeds.gates import MissingMeasurementError
 from esper.seeds.state import Stage
@@ -154,3 +157,73 @@ def test_a_veto_keeps_the_action_and_its_interval(make_report):
     shield.decide(make_report(interval=7))
     (veto,) = shield.vetoes
     assert (veto.interval, veto.action) == (7, Cull("a", 1, "because"))
+
+
+def test_after_the_last_incident_nothing_germinates(make_report):
+    shield = Shield(Scripted(*germinate(0)))
+    report = make_report(growth=GrowthConfig(max_rollbacks=2))
+    shield.incidents = 1
+    assert shield.decide(report) == germinate(0)
+    shield.incidents = 2
+    assert shield.decide(report) == []
+    assert shield.vetoes[-1].reason == "the run broke 2 times, the limit is 2"
+
+
+class Counting:
+    """Remembers how often it was asked."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def decide(self, report):
+        self.asked += 1
+        return germinate(0, 0)
+
+    def state_dict(self):
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state):
+        self.asked = state["asked"]
+
+
+def test_a_controller_goes_back_and_the_shield_does_not(make_report):
+    controller = Counting()
+    shield = Shield(controller)
+    shield.decide(make_report())
+    memory = shield.memory()
+    shield.decide(make_report(interval=2))
+    shield.incidents += 1
+    shield.count_failures(8)
+    shield.go_back(memory)
+    assert (controller.asked, shield.incidents, len(shield.vetoes)) == (1, 1, 2)
+    # the failed seeds are not forgotten
+    assert shield.decide(make_report(interval=3)) == []
+    assert "8 seeds failed in a row, the limit is 8" in {v.reason for v in shield.vetoes}
+
+
+def test_everything_of_a_shield_comes_back_from_a_file(make_report):
+    shield = Shield(Counting())
+    shield.decide(make_report())
+    shield.incidents = 2
+    shield.count_failures(7)
+    again = Shield(Counting())
+    again.load_state_dict(json.loads(json.dumps(shield.state_dict())))
+    assert again.vetoes == shield.vetoes != []
+    assert again.state_dict() == shield.state_dict()
+
+
+def test_a_controller_that_would_forget_something_is_refused(make_report):
+    with pytest.raises(ValueError, match="Scripted has attributes and lacks them; inherit"):
+        Shield(Scripted()).memory()
+
+    class Constant(Stateless, Scripted):
+        pass
+
+    class Bare:
+        def decide(self, report):
+            return []
+
+    for harmless in (Constant(), Bare()):
+        shield = Shield(harmless)
+        assert shield.memory() == {}
+        shield.go_back({})

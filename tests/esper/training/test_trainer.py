@@ -13,6 +13,7 @@ from esper.seeds.actions import Advance, Cull, Germinate, Promote, Rollback
 from esper.seeds.lifecycle import IllegalTransitionError
 from esper.seeds.state import Stage
 from esper.surgery.lattice import Lattice, attach
+from esper.training.snapshot import MAX_SNAPSHOTS
 from esper.training.tasks import Spirals, TeacherStudent
 from esper.training.trainer import CollapseError, Trainer
 
@@ -171,6 +172,15 @@ def test_a_collapse_that_only_evaluation_sees():
         trained.run_interval()
 
 
+def test_a_broken_model_is_a_collapse_before_anything_is_measured_on_it():
+    model = host()
+    trained = trainer(model, attach(model, "1", 4, growth=GrowthConfig(measured_samples=20)))
+    model[2].running_mean[0] = math.nan
+    with pytest.raises(CollapseError, match="held-out loss nan at step 10"):
+        trained.run_interval()
+    assert trained.lattice.interval == 1
+
+
 def test_a_collapse_travels_between_processes():
     import pickle
 
@@ -230,52 +240,217 @@ def test_seconds_are_those_of_the_steps(steps):
     assert trained.step == 3 * steps
 
 
-@pytest.mark.parametrize("stage", [Stage.TRAINING, Stage.GRAFTING, Stage.STABILIZATION])
-def test_a_rollback_restores_everything_bit_for_bit(stage):
-    trained = growing(dropout=0.3)
-    bring(trained, "1->5", 0, Stage.FINE_TUNING, blueprint="mlp_relu")
-    bring(trained, "1", 1, stage)
-    model, optimizer, spy = trained.model, trained.optimizer, trained.model[0]
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    moments = copy.deepcopy(optimizer.state_dict())
-    first = trained.run_interval()
-    epochs = trained.lattice.layer("1->5").states()[0].epochs
-    batches = spy.seen[-10:]
-    trained.apply([Rollback("1", 1, "it went wrong")])
-    seed_rows = ("state", "alpha", "progress", "graft_loss")
-    for name, value in model.state_dict().items():
-        if not name.endswith(seed_rows):
-            assert torch.equal(value, before[name]), name
-    layer = trained.lattice.layer("1")
-    assert layer.states()[1].stage is Stage.ROLLED_BACK
-    assert layer.alpha[1] == 0
-    # the other seed's weights go back, its life does not
-    assert trained.lattice.layer("1->5").states()[0].stage is Stage.FINE_TUNING
-    assert trained.lattice.layer("1->5").states()[0].epochs == epochs
-    now = optimizer.state_dict()
-    assert now["param_groups"] == moments["param_groups"]
-    assert list(now["state"]) == list(moments["state"])
-    for index, state in moments["state"].items():
-        assert same(now["state"][index], state)
-    second = trained.run_interval()
-    assert all(torch.equal(a, b) for a, b in zip(batches, spy.seen[-10:], strict=True))
-    assert second.step == first.step + 10
-    assert second.interval == first.interval + 1
-    if stage is Stage.TRAINING:
-        # the seed never touched the host, so the same interval is trained again, dropout and all
-        assert second.loss == first.loss
-        assert second.host_drift_frac == first.host_drift_frac
+def everything(trained):
+    """What a rollback brings back, as one flat mapping."""
+    content = dict(trained.model.state_dict())
+    for index, state in trained.optimizer.state_dict()["state"].items():
+        content |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
+    content |= {f"random.{i}": t for i, t in enumerate(trained.random_state())}
+    return {k: v.clone() for k, v in content.items()}
+
+
+def equal(a, b):
+    """Also where both are NaN, as losses of grafts that have not begun are."""
+    return list(a) == list(b) and all(torch.equal(a[k].nan_to_num(), b[k].nan_to_num()) for k in a)
+
+
+def before_a_graft():
+    """Two trainers that are equal in everything: a seed is about to graft, another fine-tunes."""
+    pair = []
+    for _ in range(2):
+        trained = growing(dropout=0.3)
+        bring(trained, "1->5", 0, Stage.FINE_TUNING, blueprint="mlp_relu")
+        for _ in range(GROWTH.trial_intervals):
+            trained.run_interval()
+            trained.apply([])
+        bring(trained, "1", 1, Stage.TRAINING)
+        trained.run_interval()
+        pair.append((trained, everything(trained)))
+    (first, one), (second, other) = pair
+    assert equal(one, other)
+    return first, second, one
+
+
+@pytest.mark.parametrize("stage", [Stage.GRAFTING, Stage.STABILIZATION, Stage.EVALUATING])
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_rollback_goes_back_to_before_the_graft_bit_for_bit(stage, broken):
+    trained, undisturbed, before = before_a_graft()
+    goal = trained.step
+    trained.apply([Advance("1", 1)], note={"mine": 7})
+    trained.run_interval()
+    while trained.lattice.layer("1").states()[1].stage is not stage:
+        trained.apply([Advance("1", 1), Germinate("1", 2, "glu")][: 1 + (stage < 4)])
+        trained.run_interval()
+    if broken:
+        nn.init.constant_(trained.model[5].bias, math.nan)
+        with pytest.raises(CollapseError):
+            trained.run_interval()
+    interval, steps, flops = trained.lattice.interval, trained.step, trained.cost.flops
+    assert trained.suspects() == [("1", 1)]
+    assert trained.roll_back([Rollback("1", 1, "it broke")]) == {"mine": 7}
+    undisturbed.roll_back([Rollback("1", 1)])
+    assert equal(everything(trained), everything(undisturbed))
+    changed = {k for k, v in everything(trained).items() if not torch.equal(v, before[k])}
+    assert all(k.endswith(("state", "graft_loss")) for k in changed)
+    assert (trained.suspects(), trained.past) == ([], [])
+    # time and cost are not undone, and the log says what happened
+    assert (trained.lattice.interval, trained.step, trained.cost.flops) == (interval, steps, flops)
+    line = trained.lattice.log[-1]
+    assert (line.interval, line.step, line.before.stage) == (interval, steps, stage)
+    assert line.after.stage is Stage.ROLLED_BACK
+    assert line.action.reason == f"it broke; back to step {goal}"
+    # and from here both go the same way, dropout and batches included
+    random, ends = trained.random_state(), []
+    for each in (trained, undisturbed):
+        each.set_random_state(random)
+        reports = [each.run_interval() for _ in range(2)]
+        told = [(r.loss, r.held_out_loss, r.host_drift_frac) for r in reports]
+        ends.append((told, torch.stack(each.model[0].seen[-20:]), everything(each)))
+    assert ends[0][0] == ends[1][0]
+    assert torch.equal(ends[0][1], ends[1][1])
+    assert equal(ends[0][2], ends[1][2])
+
+
+def test_seeds_that_never_touched_the_host_are_rolled_back_alone():
+    trained = growing()
+    bring(trained, "1", 1, Stage.TRAINING)
+    trained.run_interval()
+    before = weights(trained.model)
+    assert trained.roll_back([Rollback("1", 1, "no use")]) is None
+    assert same(weights(trained.model), before)
+    (line,) = trained.lattice.log[-1:]
+    assert (line.after.stage, line.action.reason) == (Stage.ROLLED_BACK, "no use")
+
+
+def test_every_seed_goes_back_with_the_run_and_the_log_tells_it():
+    """Also one that grafted later, one that was just woken and one that was culled since."""
+    trained = growing()
+    bring(trained, "1->5", 2, Stage.FINE_TUNING, blueprint="mlp_relu")
+    for seed in (0, 1):
+        bring(trained, "1", seed, Stage.TRAINING)
+    trained.run_interval()
+    trained.apply([Advance("1", 0)])
+    trained.run_interval()
+    trained.apply([Advance("1", 1), Germinate("1", 3, "glu"), Cull("1->5", 2)])
+    trained.run_interval()
+    grafted = trained.lattice.layer("1")
+    assert float(grafted.alpha[1]) > 0
+    assert trained.suspects() == [("1", 0), ("1", 1)]
+    told = len(trained.lattice.log)
+    trained.roll_back([Rollback("1", 0, "it broke")])
+    # seed 1 is back where it had not grafted, and innocent
+    assert [s.stage for s in grafted.states()] == [
+        Stage.ROLLED_BACK, Stage.TRAINING, Stage.DORMANT, Stage.DORMANT,
+    ]  # fmt: skip
+    assert grafted.alpha.tolist() == [0, 0, 0, 0]
+    assert trained.lattice.layer("1->5").states()[2].stage is Stage.FINE_TUNING
+    assert float(trained.lattice.layer("1->5").alpha[2]) == 1
+    assert {(t.action.site, t.action.seed) for t in trained.lattice.log[told:]} == {
+        ("1", 0), ("1", 1), ("1", 3), ("1->5", 2),
+    }  # fmt: skip
+    assert_unbroken(trained.lattice.log)
+
+
+def assert_unbroken(log):
+    """Each line of a seed begins where the line before it ended."""
+    last = {}
+    for t in log:
+        place = (t.action.site, t.action.seed)
+        assert t.before.stage is last.get(place, Stage.DORMANT), t
+        last[place] = t.after.stage
+
+
+def test_one_of_two_rolled_back_seeds_leaves_the_other_under_watch():
+    trained = growing()
+    for seed in (0, 1):
+        bring(trained, "1", seed, Stage.TRAINING)
+    for seed in (0, 1):
+        trained.run_interval()
+        trained.apply([Advance("1", seed)], note=seed)
+    trained.run_interval()
+    assert [s.note for s in trained.past] == [0, 1]
+    assert trained.roll_back([Rollback("1", 1)]) == 1
+    assert trained.suspects() == [("1", 0)]
+    trained.run_interval()
+    assert trained.roll_back([Rollback("1", 0)]) == 0
+    assert trained.past == []
+
+
+def test_a_seed_that_has_proved_itself_is_not_suspected_and_nothing_is_kept_for_it():
+    trained = growing()
+    bring(trained, "1", 0, Stage.FINE_TUNING)
+    for _ in range(GROWTH.trial_intervals):
+        assert trained.suspects() == [("1", 0)]
+        assert len(trained.past) == 1
+        trained.run_interval()
+        trained.apply([])
+    assert (trained.suspects(), trained.past) == ([], [])
+    # to roll it back all the same changes nothing but the seed
+    before = weights(trained.model)
+    assert trained.roll_back([Rollback("1", 0)]) is None
+    assert same(weights(trained.model), before)
+    assert trained.lattice.layer("1").alpha[0] == 0
+
+
+def test_few_states_are_remembered_and_one_of_them_serves_every_suspect():
+    model = host()
+    lattice = attach(model, "1->5", 7, geometry="span", growth=GROWTH)
+    trained = trainer(model, lattice)
+    trained.apply([Germinate("1->5", seed, "mlp_relu") for seed in range(7)])
+    trained.apply([Promote("1->5", seed) for seed in range(7)])
+    steps = []
+    for seed in range(7):
+        trained.run_interval()
+        trained.apply([Advance("1->5", seed)])
+        steps.append(trained.step)
+    assert [s.step for s in trained.past] == steps[:MAX_SNAPSHOTS]
+    assert len(trained.suspects()) == 7
+    # for the last seed no state of its own was kept: an older one is clean of it, too
+    trained.roll_back([Rollback("1->5", 6)])
+    assert lattice.log[-1].action.reason.endswith(f"back to step {steps[MAX_SNAPSHOTS - 1]}")
+    stages = [s.stage for s in lattice.layer("1->5").states()]
+    grafting = MAX_SNAPSHOTS - 1
+    assert stages[:grafting] == [Stage.GRAFTING] * grafting
+    assert stages[grafting:6] == [Stage.TRAINING] * (6 - grafting)
+    assert stages[6] is Stage.ROLLED_BACK
+    assert_unbroken(lattice.log)
+
+
+def test_going_back_twice_to_one_state_gives_the_same_twice():
+    trained, _, _ = before_a_graft()
+    trained.apply([Advance("1", 1)])
+    (kept,) = trained.past
+    ends = []
+    for _ in range(2):
+        trained._restore(kept)
+        trained.run_interval()
+        ends.append(everything(trained))
+    assert equal(*ends)
 
 
 def test_a_refused_rollback_goes_nowhere():
-    trained = growing()
+    trained, _, _ = before_a_graft()
+    trained.apply([Advance("1", 1)])
     trained.run_interval()
-    trained.apply([])
-    trained.run_interval()
-    before = weights(trained.model)
+    before = everything(trained)
     with pytest.raises(IllegalTransitionError, match="Rollback on seed 0 of site '1'"):
-        trained.apply([Rollback("1", 0)])
-    assert same(weights(trained.model), before)
+        trained.roll_back([Rollback("1", 1), Rollback("1", 0)])
+    assert equal(everything(trained), before)
+    with pytest.raises(ValueError, match="actions must hold no Rollback"):
+        trained.apply([Advance("1", 1), Rollback("1", 1)])
+    assert equal(everything(trained), before)
+    assert len(trained.past) == 1
+
+
+def test_seeds_that_diverge_alone_are_found():
+    trained = growing()
+    assert trained.diverged() == []
+    bring(trained, "1", 1, Stage.TRAINING)
+    bring(trained, "1->5", 2, Stage.GRAFTING, blueprint="mlp_relu")
+    with torch.no_grad():
+        for site, seed in (("1", 0), ("1", 1), ("1->5", 2)):
+            trained.lattice.layer(site).bias[seed] = math.inf
+    assert trained.diverged() == [("1", 1)]
 
 
 def test_one_optimizer_lives_through_all_growth():
