@@ -34,8 +34,8 @@ def find_sites(model: nn.Module, pattern: str, geometry: str) -> list[Site]:
         geometry: 'chunk' or 'span'.
 
     Raises:
-        ValueError: If nothing matches, if a chunk pattern names a span, or if a span leaves
-            its parent.
+        ValueError: If nothing matches, if a chunk pattern names a span, or if no one module
+            runs both ends of a span.
     """
     paths = [name for name, _ in model.named_modules() if name and "kasmina" not in name]
     if "->" not in pattern:
@@ -64,12 +64,22 @@ def find_sites(model: nn.Module, pattern: str, geometry: str) -> list[Site]:
                 sites.append(Site(f"{path}->{last}", path, last))
     _require(sites, pattern, paths)
     for site in sites:
-        if _parent(site.first) != _parent(site.last):
+        if _parent(site.first) != _parent(site.last) and not _runs(model, site):
             raise ValueError(
-                f"sites must be spans inside one parent module, but got '{site.name}'; "
-                "attach to modules with the same parent."
+                f"sites must be spans inside one parent module that runs both ends, but got "
+                f"'{site.name}'; attach to modules with the same parent."
             )
     return sites
+
+
+def common_parent(first: str, last: str) -> str:
+    """Path of the innermost module that holds two others; empty for the model itself."""
+    shared = []
+    for a, b in zip(_parent(first).split("."), _parent(last).split("."), strict=False):
+        if a != b:
+            break
+        shared.append(a)
+    return ".".join(shared)
 
 
 def output_channels(module: nn.Module) -> tuple[int, int] | None:
@@ -93,7 +103,7 @@ def output_channels(module: nn.Module) -> tuple[int, int] | None:
             return module.num_channels, 1
         case nn.BatchNorm1d():
             return module.num_features, 1
-    # the transposed Linear of some GPT-2 implementations
+    # the transposed Linear of GPT-2 in transformers
     width = getattr(module, "nf", None)
     return (width, -1) if isinstance(width, int) else None
 
@@ -114,6 +124,12 @@ def input_features(module: nn.Module) -> int | None:
 
 def _regex(glob: str) -> re.Pattern[str]:
     return re.compile(re.escape(glob).replace(r"\*", "([^.]*)"))
+
+
+def _runs(model: nn.Module, span: Site) -> bool:
+    """Whether one module that is not the model runs both ends, rather than listing them."""
+    path = common_parent(span.first, span.last)
+    return bool(path) and type(model.get_submodule(path)).forward is not nn.Module.forward
 
 
 def _parent(path: str) -> str:
