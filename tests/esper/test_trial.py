@@ -19,6 +19,7 @@ from esper.controller.base import Stateless, memory_of, remind
 from esper.evidence.records import Fingerprint, TransitionRecord, TrialRecord
 from esper.seeds.actions import Germinate, Rollback
 from esper.seeds.blueprints import BLUEPRINTS, blueprint
+from esper.seeds.state import Stage
 from esper.surgery.checkpoint_folder import CheckpointError
 from esper.surgery.files import load, save
 from esper.training.hosts import HOSTS
@@ -460,6 +461,25 @@ def assert_unbroken(record):
     for t in record.transitions:
         assert t.before == last.get((t.site, t.seed), "DORMANT"), t
         last[t.site, t.seed] = t.after
+
+
+def test_what_shows_late_is_undone_to_before_the_graft():
+    run = trial(SPIRALS, planter("mlp_gelu"))
+    past = []
+    for _ in range(6):
+        run.run_for(0)
+        past.append((run.controller.memory(), run._losses))
+    with torch.no_grad():
+        run.trainer.model.out.weight *= 1e4
+    run.run_for(0)
+    back = run.trainer.lattice.log[-1]
+    assert (back.interval, back.step, back.after.stage) == (7, 175, Stage.ROLLED_BACK)
+    assert back.action.reason.endswith("; back to step 100")
+    # the graft began at the end of interval 4, after its loss and before its decision
+    assert run.controller.memory() == past[2][0] != past[5][0]
+    assert run._losses == past[3][1] != past[5][1]
+    assert run.controller.state_dict()["failures"] == 2
+    assert max(run.curves["held_out_loss"]) < 1
 
 
 def test_after_the_last_rollback_nothing_grows_and_the_run_still_ends_well():

@@ -354,7 +354,8 @@ class Lattice:
             units = span_units(
                 rows, phi, count, generator, biased=layer.biased, candidates=SCORED_CANDIDATES
             )
-            gain = units.gain[0].cpu()
+            # no later slot is worth more, so that the lowest is taken first
+            gain = units.gain[0].cpu().cummin(0).values
             found[dormant] = torch.cat([gain, gain[-1:].expand(len(dormant) - count)])
         else:
             count = blueprint.hidden(layer.hidden)

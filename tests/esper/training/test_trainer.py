@@ -290,6 +290,8 @@ def test_a_rollback_goes_back_to_before_the_graft_bit_for_bit(stage, broken):
     assert trained.roll_back([Rollback("1", 1, "it broke")]) == {"mine": 7}
     undisturbed.roll_back([Rollback("1", 1)])
     assert equal(everything(trained), everything(undisturbed))
+    now, then = trained.lattice, undisturbed.lattice
+    assert (now._signals, now._grad_norms) == (then._signals, then._grad_norms)
     changed = {k for k, v in everything(trained).items() if not torch.equal(v, before[k])}
     assert all(k.endswith(("state", "graft_loss")) for k in changed)
     assert (trained.suspects(), trained.past) == ([], [])
