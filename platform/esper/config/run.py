@@ -57,16 +57,14 @@ class GrowthConfig(Config):
     initialisation: Literal["random", "matched", "gradmax", "tiny"] = Field(
         "random",
         description="Incoming weights of a new seed: as of `nn.Linear`, or matched to what the "
-        "network cannot express (needs measured_samples). The last two are published closed "
-        "forms to compare with, for span sites.",
+        "network cannot express (needs measured_samples; blueprints that mix hidden units are "
+        "drawn all the same). The last two are published closed forms to compare with, for span "
+        "sites.",
     )
     measured_samples: NonNegativeInt = Field(
         0,
         description="Training samples on which the bottleneck is measured once an interval; 0: "
         "never.",
-    )
-    measured_blueprint: str = Field(
-        "mlp_relu", description="Blueprint whose hidden units the bottleneck is measured with."
     )
     training_intervals: PositiveInt = Field(1, description="Least intervals in TRAINING (G2).")
     min_explained_frac: float = Field(

@@ -40,6 +40,8 @@ Evaluate = Callable[[], Tensor | float]
 _HANDLE = "_esper_lattice"
 # weights of each host tensor that the drift is measured on
 DRIFT_SAMPLES = 4096
+# whose hidden units the bottleneck is measured with, whatever a controller then germinates
+SCORED_BLUEPRINT = "mlp_relu"
 # units of a span that are told apart in a report
 RANKED_UNITS = 8
 
@@ -345,7 +347,7 @@ class Lattice:
         dormant = [int(s) for s in (stage == Stage.DORMANT).nonzero()[0]]
         if site not in self._measured or not dormant:
             return found
-        blueprint = BLUEPRINTS[self.growth.measured_blueprint]
+        blueprint = BLUEPRINTS[SCORED_BLUEPRINT]
         generator = self._generator(site, -1)
         rows, phi = self._measured[site], PHI[blueprint.phi]
         if layer.geometry == "span":

@@ -3,6 +3,7 @@
 The host runs once in eval mode, and no gradient of any parameter is touched.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,16 @@ def _rows(a: "Attached", last: nn.Module, noted: dict[str, Tensor], gradient: Te
         # a convolution's outputs see several of its inputs: only its bias is known then
         if isinstance(last, nn.Linear) or hasattr(last, "nf"):
             # as many features as rows would explain anything
-            known += [flat[at].float()] if 2 * flat.shape[1] <= len(at) else []
+            if 2 * flat.shape[1] <= len(at):
+                known.append(flat[at].float())
+            else:
+                warnings.warn(
+                    f"{len(at)} rows were measured at '{a.site.name}', whose module weighs "
+                    f"{flat.shape[1]} features: too few to tell what the host can express by "
+                    "itself, so nothing is taken away; measure at least twice as many "
+                    f"(growth.measured_samples), up to {MAX_ROWS}.",
+                    stacklevel=2,
+                )
     if layer.geometry == "span":
         awake = torch.isin(layer.state[:, 0], torch.tensor(sorted(AWAKE_STAGES)).to(layer.state))
         units = awake.nonzero()[:, 0]

@@ -132,9 +132,7 @@ def test_gradmax_takes_the_direction_of_the_largest_gradient(source):
     unit, left = linear_unit(rows, tiny=False)
     w = unit.w_in[0, :, 0] / unit.w_in.norm()
     # the gradient of the outgoing weights of a linear unit
-    sizes = [(source @ v).matmul(rows.wanted).norm() for v in torch.randn(200, 6) / 6**0.5]
     best = (source @ w).matmul(rows.wanted).norm()
-    assert best > torch.stack([s / 1.5 for s in sizes]).max()
     torch.testing.assert_close(best, torch.linalg.svdvals(source.T @ rows.wanted)[0])
     second = linear_unit(left, tiny=False)[0].w_in[0, :, 0]
     torch.testing.assert_close(second @ w, torch.tensor(0.0), atol=1e-4, rtol=0)

@@ -176,3 +176,11 @@ def test_a_dead_seed_is_reported_and_culled(data):
     assert all(math.isnan(v) for v in report.sites[0].silent_frac[2:])
     culls = [a for a in shepherd(report) if isinstance(a, Cull)]
     assert [(a.seed, a.reason[:4]) for a in culls] == [(0, "dead")]
+
+
+def test_too_few_rows_to_know_the_host_are_told():
+    model = nn.Sequential(nn.Linear(40, 6), nn.ReLU(), nn.Linear(6, 3))
+    lattice = esper.attach(model, "0", 3, growth=MATCHED)
+    x, y = torch.randn(64, 40), torch.randn(64, 3)
+    with pytest.warns(UserWarning, match="64 rows were measured at '0', whose module weighs 40"):
+        lattice.report(1.0, measure=lambda: F.mse_loss(model(x), y))
