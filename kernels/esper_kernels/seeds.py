@@ -159,7 +159,7 @@ def span_seeds(
     code, plain = _code(objective), _is_plain(plain, phi_S)
     y_TO: Tensor = torch.ops.esper.span_seeds.default(
         x_TI, z_TO, w_in_SI, b_S, w_out_SO, alpha_S, phi_S, learning_S, probe,
-        code, observe, plain,
+        code, observe, plain, False,
     )[0]  # fmt: skip
     return y_TO
 
