@@ -291,7 +291,7 @@ def _hidden_forward(
     if num_unit_tiles == 0:
         return
     width = P * tl.num_programs(1)
-    WIDTH: tl.constexpr = 32 if SLOTS >= 64 else SLOTS
+    WIDTH: tl.constexpr = 16 if SLOTS >= 64 else SLOTS
     rows, slots = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     num_tiles = tl.cdiv(T, ROWS) * num_unit_tiles
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
@@ -530,7 +530,7 @@ def _hidden_backward(
         scale, _energy = target_scale(tl.load(activation_sq), tl.load(grad_sq), RECONSTRUCT)
         isolated_factor = -2.0 * scale
     width = P * tl.num_programs(1)
-    WIDTH: tl.constexpr = 32 if SLOTS >= 64 else SLOTS
+    WIDTH: tl.constexpr = 16 if SLOTS >= 64 else SLOTS
     rows, slots = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     num_tiles = tl.cdiv(T, ROWS) * num_unit_tiles
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
