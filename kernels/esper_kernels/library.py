@@ -46,7 +46,8 @@ _SCHEMAS = (
     " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor dalpha, Tensor telemetry)",
     f"span_seeds(Tensor x, Tensor z, {_SPAN}, Tensor? probe, {_OPTIONS}, bool keep)"
     f" -> (Tensor y, Tensor stats, {_KEPT})",
-    f"span_seeds_backward(Tensor dy, Tensor x, Tensor z, {_SPAN}, Tensor stats, {_KEPT}, {_OPTIONS})"
+    f"span_seeds_backward(Tensor dy, Tensor x, Tensor z, {_SPAN}, Tensor stats, {_KEPT},"
+    f" {_OPTIONS})"
     " -> (Tensor dx, Tensor dw_in, Tensor db, Tensor dw_out, Tensor dalpha, Tensor telemetry)",
 )
 _library = torch.library.Library("esper", "FRAGMENT")
@@ -253,7 +254,7 @@ def _fake_span(
     if keep and use_triton(z, w_in, plain):
         from esper_kernels.ops import span
 
-        shapes = span.kept_shapes(*x.shape, z.shape[1], len(w_in), z.dtype)
+        shapes = span.kept_shapes(len(x), w_in.shape[1], z.shape[1], len(w_in), z.dtype)
         kept = tuple(k.new_empty(shape) for k, shape in zip(kept, shapes, strict=True))
     return *_fake_forward(z, observe), *kept
 
@@ -268,7 +269,7 @@ def _fake_span_backward(dy: Tensor, x: Tensor, z: Tensor, *rest: Any) -> tuple[T
 
 class _ChunkSeeds(Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         with _AutoDispatchBelowAutograd():
             y, stats = torch.ops.esper.chunk_seeds.default(*args)
         *tensors, _, ctx.objective, ctx.observe, ctx.plain = args
@@ -289,10 +290,10 @@ class _ChunkSeeds(Function):
 class _SpanSeeds(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *args, _keep = args
+        *tensors, probe, ctx.objective, ctx.observe, ctx.plain, _ = args
+        options = ctx.objective, ctx.observe, ctx.plain, True
         with _AutoDispatchBelowAutograd():
-            y, *more = torch.ops.esper.span_seeds.default(*args, True)
-        *tensors, _, ctx.objective, ctx.observe, ctx.plain = args
+            y, *more = torch.ops.esper.span_seeds.default(*tensors, probe, *options)
         z, w_in = tensors[1:3]
         known = ctx.observe and OBJECTIVES[ctx.objective] != "reconstruction"
         if known and use_triton(z, w_in, ctx.plain):

@@ -363,8 +363,8 @@ def hidden_forward(
             x_op, w_op, bias, alpha, phi, units.ranges, units.unit_of, u, kept,
             T, units.units, K, x.stride(0), w_in.stride(0),
             P=units.slots, JOINT=units.joint, WHICH=int(which), KEEP=kept is not None,
-            FAST=x.dtype != torch.float32, WIDE=wide.cols, NARROW=tiles[-1].cols if len(tiles) > 1 else 0,
-            FLATTEN=tile.flatten and tma,
+            FAST=x.dtype != torch.float32, WIDE=wide.cols,
+            NARROW=tiles[-1].cols if len(tiles) > 1 else 0, FLATTEN=tile.flatten and tma,
             ROWS=tile.rows, SLOTS=tile.cols, DEPTH=tile.depth, DOT=_dot_dtype(x.dtype), TMA=tma,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

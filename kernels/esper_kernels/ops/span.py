@@ -132,9 +132,7 @@ def backward(
     x, dy = x_TI.to(dtype).contiguous(), dy_TO.to(dtype).contiguous()
     reconstruct = objective == RECONSTRUCTION
     other = z_TO.to(dtype).contiguous() if reconstruct else None
-    units = units_of_span(
-        table, len(w_in_SI), dense.unit_align(dtype, len(w_in_SI), backward=True)
-    )
+    units = units_of_span(table, len(w_in_SI), dense.unit_align(dtype, len(w_in_SI), backward=True))
     w_in, w_out = w_in[:, : w_in_SI.shape[1]], w_out[:, : w_out_SO.shape[1]]
     grad_sq = column_squares(dy, units, always=observe)
     energies = z_sq, grad_sq.sum()

@@ -62,7 +62,7 @@ class Units:
 
 def num_slots(units: int, align: int, *, mixed: bool) -> int:
     """Slots of a group: whole tiles, with `mixed` also where isolated units begin a new one."""
-    return triton.cdiv(units + (align - 1 if mixed else 0), align) * align
+    return -(-(units + (align - 1 if mixed else 0)) // align) * align
 
 
 def units_of_span(table: Tensor, units: int, align: int) -> Units:
