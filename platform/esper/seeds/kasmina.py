@@ -24,7 +24,7 @@ from esper.config.run import GrowthConfig
 from esper.seeds import optimizer_guard, telemetry
 from esper.seeds.blueprints import BLUEPRINTS, Blueprint, Geometry
 from esper.seeds.grafting import GRAFTS, GraftSignals
-from esper.seeds.local_rows import local_rows
+from esper.seeds.local_rows import local_rows, whole
 from esper.seeds.state import (
     AWAKE_STAGES,
     BLUEPRINT,
@@ -534,6 +534,22 @@ class KasminaLayer(nn.Module):
                 z = (read @ self.w_in[seed].float() + self.bias[seed].float())[:, :used]
             found[seed] = (PHI[code](z) == 0).all(0).float().mean().cpu()
         return found
+
+    def grad_rms(self) -> Tensor:
+        """Root mean square gradient of each seed's parameters at the last step, `[S]`, on the CPU.
+
+        NaN for seeds that do not learn on the task, and for all before the first step.
+        """
+        found = torch.full((self.num_seeds,), math.nan)
+        grads = [w.grad for w in self.pool() if w.grad is not None]
+        learns = (self.learning == TASK).cpu()
+        if not grads or not learns.any():
+            return found
+        squares = torch.stack(
+            [whole(g).float().square().reshape(len(g), -1).sum(1) for g in grads]
+        ).sum(0)
+        used = sum(w[0].numel() for w in self._weights() if w.requires_grad)
+        return torch.where(learns, (squares / used).sqrt().cpu(), found)
 
     def seed_parameters(self, blueprint: Blueprint) -> int:
         """Parameters of one seed of that blueprint on this site."""
