@@ -735,6 +735,13 @@ def test_a_controller_whose_memory_would_be_lost_is_refused(monkeypatch):
         trial({"controller": {"name": "forgetful"}})
 
 
+def test_limits_and_measuring_mean_nothing_to_a_host_alone():
+    growth = {"max_parameters": 100, "max_active_seeds": 3, "measured_samples": 16}
+    _, record = finished({"lattice": [], "growth": growth})
+    assert record.status == "finished"
+    assert record.metrics["growth_flops"] == 0
+
+
 # the log
 
 

@@ -362,13 +362,14 @@ class Lattice:
             return False
         if growth.max_parameters is None:
             return True
-        cheapest = min(
+        costs = [
             layer.seed_parameters(BLUEPRINTS[n])
             for layer in self._layers()
             for n in BLUEPRINTS
             if BLUEPRINTS[n].fits(layer.geometry, layer.hidden) and BLUEPRINTS[n].phi
-        )
-        return self.count_parameters() + cheapest <= growth.max_parameters
+        ]
+        left = growth.max_parameters - self.count_parameters()
+        return any(cost <= left for cost in costs)
 
     def _bottleneck(self, site: str, layer: KasminaLayer, dormant: list[int]) -> Tensor:
         """The bottleneck of the dormant seeds; NaN for others, and where nothing was measured."""
