@@ -85,7 +85,10 @@ class GrowthConfig(Config):
     )
     fine_tuning_intervals: PositiveInt = 10
     embargo_intervals: NonNegativeInt = Field(5, description="Rest of a culled slot (G1).")
-    min_gain: float = Field(0.0, description="G5: least held-out loss that a seed must save.")
+    min_gain: float | None = Field(
+        0.0, description="G5: least held-out loss that a seed must save; None: a seed need not "
+        "prove itself, and no pass and no interval are spent on it.",
+    )  # fmt: skip
     gain_tolerance_se: float = Field(
         0.0, description="G5: standard errors of the gain by which a seed may miss min_gain; "
         "negative: by which it must pass it.",

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from pydantic import ValidationInfo, field_validator
 
 from esper.config.base import Config
+from esper.config.run import GrowthConfig
 from esper.registry import Registry, UnknownNameError
 from esper.seeds import gates
 from esper.seeds.actions import Action, Advance, Cull, Germinate, Promote, Rollback
@@ -137,8 +138,13 @@ class GrowingOptions(ControllerOptions):
 
 
 CONTROLLERS: Registry[type[ControllerOptions]] = Registry("controller")
-# stages that may take no time; in others something must be measured before a seed moves on
-PASSABLE_STAGES = frozenset({Stage.GERMINATED, Stage.TRAINING, Stage.STABILIZATION})
+
+
+def passable(growth: GrowthConfig, stage: Stage) -> bool:
+    """Whether a stage may take no time; in others something must be measured in it first."""
+    if stage is Stage.EVALUATING:
+        return growth.min_gain is None
+    return stage in (Stage.GERMINATED, Stage.TRAINING, Stage.STABILIZATION)
 
 
 def shepherd(report: Report) -> list[Action]:
@@ -167,7 +173,7 @@ def _moves(report: Report, site: SiteReport, seed: int) -> Iterator[Action]:
     """The moves of one seed; a stage that needs no time is passed at once."""
     while action := _move(report, site, seed):
         yield action
-        if MOVES[Stage(int(site.stage[seed])), type(action)] not in PASSABLE_STAGES:
+        if not passable(report.growth, MOVES[Stage(int(site.stage[seed])), type(action)]):
             return
         report = report.after(action)
         site = report.site(site.name)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from esper.controller.base import PASSABLE_STAGES, Controller, may_grow, memory_of, remind
+from esper.controller.base import Controller, may_grow, memory_of, passable, remind
 from esper.registry import UnknownNameError
 from esper.seeds import gates
 from esper.seeds.actions import Action, Advance, Cull, Germinate, Rollback
@@ -50,7 +50,7 @@ class Shield:
             reason = self._objection(report, action)
             if reason is None and (action.site, action.seed) in moved:
                 stage = Stage(int(report.site(action.site).stage[action.seed]))
-                if stage not in PASSABLE_STAGES:
+                if not passable(report.growth, stage):
                     reason = "the seed was moved in this interval already"
             if reason is not None:
                 self.vetoes.append(Veto(report.interval, action, reason))

@@ -525,13 +525,19 @@ class KasminaLayer(nn.Module):
         awake = torch.isin(self.state[:, STAGE].cpu(), torch.tensor(sorted(AWAKE_STAGES)))
         if source is None:
             return found
-        for seed in (awake & (self.hidden_used.cpu() > 0)).nonzero()[:, 0].tolist():
+        seeds = (awake & (self.hidden_used.cpu() > 0)).nonzero()[:, 0]
+        if self.geometry == "span":
+            # all units of one function at once: there may be thousands
+            codes = self.phi.cpu()[seeds]
+            for code in codes.unique().tolist():
+                some = seeds[codes == code].to(source.device)
+                z = source @ self.w_in[some].float().T + self.bias[some].float()
+                found[some.cpu()] = (PHI[code](z) == 0).all(0).float().cpu()
+            return found
+        for seed in seeds.tolist():
             used, code = int(self.hidden_used[seed]), int(self.phi[seed])
-            if self.geometry == "span":
-                z = source @ self.w_in[seed, :, None].float() + self.bias[seed].float()
-            else:
-                read = source[:, seed * self.fan_in : (seed + 1) * self.fan_in]
-                z = (read @ self.w_in[seed].float() + self.bias[seed].float())[:, :used]
+            read = source[:, seed * self.fan_in : (seed + 1) * self.fan_in]
+            z = (read @ self.w_in[seed].float() + self.bias[seed].float())[:, :used]
             found[seed] = (PHI[code](z) == 0).all(0).float().mean().cpu()
         return found
 

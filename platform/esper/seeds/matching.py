@@ -267,4 +267,11 @@ def _scaled(read: Tensor, directions: Tensor, generator: torch.Generator) -> tup
 
 def without(rows: Rows, features: Tensor) -> Rows:
     """The rows when some features `[T, n]` can be weighed as well."""
-    return replace(rows, known=torch.cat([rows.known, features], 1))
+    more = replace(rows, known=torch.cat([rows.known, features], 1))
+    if features.shape[1] == 1:
+        # one more direction needs no new decomposition, which would take longer than all the rest
+        left = rows.unexplained(rows.unexplained(features))
+        grown = left.norm() > CUT_FRAC * features.norm()
+        new = left / left.norm() if grown else left[:, :0]
+        more.__dict__["basis"] = torch.cat([rows.basis, new], 1)
+    return more

@@ -217,6 +217,8 @@ class Lattice:
         """The transitions that `apply` would make; raises what it would raise."""
         states = {name: a.layer.states() for name, a in self.attached.items()}
         transitions = []
+        # read from the device once, not once an action
+        steps = self.steps
         for action in actions:
             layer = self.layer(action.site)
             if not 0 <= action.seed < layer.num_seeds:
@@ -230,7 +232,7 @@ class Lattice:
                 BLUEPRINTS[action.blueprint].require(layer.geometry, layer.hidden)
                 self._require_measured(action)
             states[action.site][action.seed] = after
-            transitions.append(Transition(self.interval, self.steps, action, before, after))
+            transitions.append(Transition(self.interval, steps, action, before, after))
         grafts = [GRAFTS[name] for name in GRAFTS]
         for state in (s for rows in states.values() for s in rows if s.stage is Stage.GRAFTING):
             grafts[state.graft_id].pace(self._signals, self.growth)
@@ -417,7 +419,8 @@ class Lattice:
             for k in ("stage", "blueprint_id", "epochs", "graft_id")
         }
         gain = torch.full((2, layer.num_seeds), math.nan)
-        if evaluate is not None and held_out is not None:
+        asked = self.growth.min_gain is not None
+        if asked and evaluate is not None and held_out is not None:
             for seed in (ints["stage"] == Stage.EVALUATING).nonzero()[0]:
                 gain[:, seed] = self._gain(layer, int(seed), evaluate, held_out)
         fitting = {

@@ -250,6 +250,12 @@ class TestShepherd:
         actions = tamiyo().decide(make_report(unsettled, growth=growth))
         assert [a.reason[:2] for a in actions] == ["G3"]
 
+    def test_a_seed_that_need_not_prove_itself_is_not_evaluated(self, make_report, make_site):
+        growth = GrowthConfig(stabilization_intervals=0, min_gain=None)
+        site = make_site(stage=[Stage.GRAFTING], alpha=1.0, epochs=1, gain=np.nan)
+        actions = tamiyo().decide(make_report(site, growth=growth))
+        assert [a.reason[:2] for a in actions] == ["G3", "G4", "G5"]
+
     def test_the_reason_names_the_gate_and_the_time(self, make_report, make_site):
         (cull,) = self.decide(make_report, make_site, Stage.GRAFTING, epochs=8, alpha=0.25)
         assert cull.reason == "gave up after 8 intervals; G3: alpha is 0.250"
