@@ -133,3 +133,95 @@ def doctor(
     from esper.cli.doctor import doctor_command
 
     doctor_command(tracking_uri, json_file)
+
+
+flags = typer.Typer(no_args_is_help=True, help="Feature flags: who gets a new implementation.")
+app.add_typer(flags, name="flags")
+
+FlagsFile = Annotated[
+    Path, typer.Option("--file", help="The file of flags.", dir_okay=False, show_default=True)
+]
+Actor = Annotated[str | None, typer.Option(help="Who changes it; the user who is logged in.")]
+FLAGS = Path("configs/flags.yaml")
+
+
+@flags.command("list")
+@explained
+def list_flags(file: FlagsFile = FLAGS) -> None:
+    """Print one line a flag, and the hash that goes with metrics."""
+    from esper.cli.flags import show_flags
+
+    show_flags(file)
+
+
+@flags.command("explain")
+@explained
+def explain_flag(
+    name: Annotated[str, typer.Argument(help="The flag.")],
+    model: Annotated[str | None, typer.Option(help="Name of the model that asks.")] = None,
+    attributes: Annotated[
+        list[str] | None, typer.Option("--attribute", help="NAME=VALUE, for rules.")
+    ] = None,
+    file: FlagsFile = FLAGS,
+) -> None:
+    """Say whether a flag is on for a model, and why."""
+    from esper.cli.flags import explain_flag
+
+    explain_flag(file, name, model, attributes or ())
+
+
+@flags.command("validate")
+@explained
+def validate_flags(file: FlagsFile = FLAGS) -> None:
+    """Check the file, the process's variables and the record of changes.
+
+    Exit code 1 if a flag has expired, 2 if anything is wrong.
+    """
+    from esper.cli.flags import validate_flags
+
+    raise typer.Exit(0 if validate_flags(file) else 1)
+
+
+@flags.command("set")
+@explained
+def set_flag(
+    name: Annotated[str, typer.Argument(help="The flag.")],
+    reason: Annotated[str, typer.Option(help="Why; it goes into the record.")],
+    percent: Annotated[
+        str | None, typer.Option(help="Share of models, 0 to 100; none: no rollout.")
+    ] = None,
+    default: Annotated[
+        bool | None, typer.Option("--on/--off", help="Global on or off, without a rollout.")
+    ] = None,
+    kill: Annotated[
+        bool | None, typer.Option("--kill/--revive", help="Set or release the kill switch.")
+    ] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="On for this model.")] = None,
+    block: Annotated[list[str] | None, typer.Option(help="Off for this model.")] = None,
+    unlist: Annotated[list[str] | None, typer.Option(help="Take off both lists.")] = None,
+    actor: Actor = None,
+    file: FlagsFile = FLAGS,
+) -> None:
+    """Change a flag: checked first, atomic, comments kept, recorded."""
+    from esper.cli.flags import set_flag
+
+    fields = {"default": default, "killed": kill}
+    set_flag(
+        file, name, {k: v for k, v in fields.items() if v is not None}, percent=percent,
+        allow=allow or (), block=block or (), unlist=unlist or (), reason=reason, actor=actor,
+    )  # fmt: skip
+
+
+@flags.command("audit")
+@explained
+def audit_flags(
+    accept: Annotated[
+        str | None, typer.Option(metavar="REASON", help="Record that the file was edited by hand.")
+    ] = None,
+    actor: Actor = None,
+    file: FlagsFile = FLAGS,
+) -> None:
+    """Print every change of the flags; exit code 1 if the record was tampered with."""
+    from esper.cli.flags import show_audit
+
+    raise typer.Exit(0 if show_audit(file, accept, actor) else 1)
