@@ -3,7 +3,8 @@
 Exit codes: 0 done (whatever the verdict), 1 a check of `doctor` failed or two logs differ, 2 a
 wrong command line or configuration, 3 something this command needs is missing or cannot be
 reached, 4 trials are missing and the same command continues, 5 the verdict is UNHEALTHY, 130
-interrupted.
+interrupted. `esper rollout step` and `esper gate` tell their decision instead: 0 ADVANCE, 10 HOLD,
+20 ROLLBACK, 30 INCONCLUSIVE.
 """
 
 from pathlib import Path
@@ -21,7 +22,8 @@ app = typer.Typer(
     help="Grow PyTorch networks while they train, and prove that the growth paid off.",
     epilog="Exit codes: 0 done, 1 doctor found a failure or logs differ, 2 wrong command or "
     "configuration, 3 something needed is missing, 4 trials missing (same command continues), "
-    "5 verdict UNHEALTHY, 130 interrupted.",
+    "5 verdict UNHEALTHY, 130 interrupted. Rollout step and gate: 0 ADVANCE, 10 HOLD, 20 ROLLBACK, "
+    "30 INCONCLUSIVE.",
 )
 
 JsonOption = Annotated[
@@ -225,3 +227,80 @@ def audit_flags(
     from esper.cli.flags import show_audit
 
     raise typer.Exit(0 if show_audit(file, accept, actor) else 1)
+
+
+rollout = typer.Typer(
+    no_args_is_help=True, help="Ramp a phase's flag up, judged interval by interval."
+)
+app.add_typer(rollout, name="rollout")
+
+MigrationFile = Annotated[
+    Path, typer.Option("--config", help="The migration's settings.", dir_okay=False)
+]
+MIGRATION = Path("configs/morphogenetic_migration.yaml")
+RolloutFolder = Annotated[Path, typer.Argument(help="Folder of the rollout.", file_okay=False)]
+
+
+@rollout.command("plan")
+@explained
+def plan_rollout(
+    phase: Annotated[int, typer.Argument(help="Number of the phase.")],
+    create: Annotated[
+        Path | None, typer.Option(help="New folder to write the plan into.", file_okay=False)
+    ] = None,
+    actor: Actor = None,
+    config: MigrationFile = MIGRATION,
+) -> None:
+    """Say what a rollout would do and how much evidence an interval needs; --create begins one."""
+    from esper.cli.rollout import plan_rollout
+
+    plan_rollout(config, phase, create, actor)
+
+
+@rollout.command("step")
+@explained
+def step_rollout(
+    folder: RolloutFolder,
+    evidence: Annotated[Path, typer.Argument(help="Measurements as JSON.", dir_okay=False)],
+    actor: Actor = None,
+) -> None:
+    """Judge one interval, store it, and move the flag; a rollback moves it at once."""
+    from esper.cli.rollout import step_rollout
+
+    raise typer.Exit(step_rollout(folder, evidence, actor))
+
+
+@rollout.command("status")
+@explained
+def show_rollout(folder: RolloutFolder) -> None:
+    """Print every verdict so far, and where the flag is."""
+    from esper.cli.rollout import show_rollout
+
+    show_rollout(folder)
+
+
+@rollout.command("replay")
+@explained
+def replay_rollout(folder: RolloutFolder) -> None:
+    """Judge all stored evidence again; exit code 1 if any verdict differs."""
+    from esper.cli.rollout import replay_rollout
+
+    raise typer.Exit(0 if replay_rollout(folder) else 1)
+
+
+@app.command("gate")
+@explained
+def gate_command(
+    phase: Annotated[int | None, typer.Option(help="Phase whose targets and gates count.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="What was measured, as JSON.", dir_okay=False)
+    ] = None,
+    rollout: Annotated[
+        Path | None, typer.Option(help="Rollout whose last evidence counts.", file_okay=False)
+    ] = None,
+    config: MigrationFile = MIGRATION,
+) -> None:
+    """Decide from stored evidence alone, and change nothing."""
+    from esper.cli.gate import gate
+
+    raise typer.Exit(gate(config, phase, measured, rollout))
