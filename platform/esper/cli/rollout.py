@@ -27,7 +27,7 @@ def plan_rollout(config: Path, phase: int, folder: Path | None, actor: str | Non
     plan = new_plan(
         migration,
         phase,
-        folder.resolve().name if folder else "(not created)",
+        folder or Path("rollout"),
         environment=environment_of(migration.flags, os.environ),
         actor=actor or getpass.getuser(),
         now=datetime.now(UTC),
@@ -41,7 +41,7 @@ def plan_rollout(config: Path, phase: int, folder: Path | None, actor: str | Non
         print(f"alert {alert.name} ({alert.owner}): {alert.on_firing} if {alert}")
     if folder is not None:
         create(folder, plan)
-        print(f"written to {folder}; flags_hash {flags_hash(plan)}")
+        print(f"written to {folder}; flags_hash {flags_hash(read(folder))}")
 
 
 def _print_needs(plan: RolloutPlan) -> None:
@@ -75,7 +75,7 @@ def step_rollout(folder: Path, evidence: Path, actor: str | None) -> int:
     state = state_of(stored.plan, stored.entries)
     over = ", the rollout is over" if state.is_over else ""
     print(f"{stored.plan.flag} is at {_share(state.share_bp)}{over}; "
-          f"flags_hash {flags_hash(stored.plan)}")  # fmt: skip
+          f"flags_hash {flags_hash(stored)}")  # fmt: skip
     return entry.verdict.decision.exit_code
 
 
@@ -92,11 +92,11 @@ def show_rollout(folder: Path) -> None:
     print(f"rollout {plan.name} of {plan.flag}, phase {plan.phase}, by {plan.created_by}")
     for entry in stored.entries:
         _print_entry(entry)
-    flag = load_flags(Path(plan.flags_path)).flag(plan.flag)
+    flag = load_flags(stored.flags_path).flag(plan.flag)
     word = "over" if state.is_over else f"step {state.step} of {len(plan.steps_bp)}"
     print(f"{word}, {state.intervals} of {plan.policy.planned_intervals} planned intervals judged")
     differs = "" if flag.rollout_bp == state.share_bp else ", NOT where the rollout left it"
-    print(f"{plan.flag} is at {_share(flag.rollout_bp)}{differs}; flags_hash {flags_hash(plan)}")
+    print(f"{plan.flag} is at {_share(flag.rollout_bp)}{differs}; flags_hash {flags_hash(stored)}")
 
 
 def replay_rollout(folder: Path) -> bool:

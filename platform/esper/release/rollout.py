@@ -15,13 +15,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ValidationError
+from pydantic import AwareDatetime, BaseModel, Field, ValidationError
 
 from esper.evidence.records import Record, write_json
 from esper.release.audit import digest
 from esper.release.change import change_flag
 from esper.release.errors import ReleaseError
-from esper.release.flags import load_flags
+from esper.release.flags import FULL_BP, load_flags
 from esper.release.judge import (
     Decision,
     Evidence,
@@ -45,7 +45,7 @@ class RolloutPlan(Record):
     name: str
     phase: int
     flag: str
-    flags_path: str
+    flags_path: str = Field(description="Of the file of flags, relative to the rollout's folder.")
     environment: str | None
     before_bp: int | None
     steps_bp: tuple[int, ...]
@@ -89,32 +89,32 @@ class Stored(NamedTuple):
     plan: RolloutPlan
     entries: tuple[Entry, ...]
     last: str
+    flags_path: Path
 
 
 def new_plan(
-    plan: Plan, phase_number: int, name: str, *, environment: str | None, actor: str, now: datetime
+    plan: Plan,
+    phase_number: int,
+    folder: Path,
+    *,
+    environment: str | None,
+    actor: str,
+    now: datetime,
 ) -> RolloutPlan:
-    """The plan of a phase's rollout.
+    """The plan of a phase's rollout in a folder, which need not exist.
 
     Raises:
-        ReleaseError: If the phase is not there, or its flag is not off for everybody else.
+        ReleaseError: If the phase or the environment is not there.
     """
     phase = plan.phases.phase(phase_number)
-    flag = plan.flags.flag(phase.rollout.flag)
-    if flag.default or flag.killed or (flag.rollout_bp or 0) >= phase.rollout.steps_bp[0]:
-        raise ReleaseError(
-            f"{phase.rollout.flag} must be below its canary of {phase.rollout.steps_bp[0]} basis "
-            f"points to be rolled out, but has default={flag.default}, killed={flag.killed}, "
-            f"rollout_bp={flag.rollout_bp}; set it back first."
-        )
     Snapshot(plan.flags, environment)
     return RolloutPlan(
-        name=name,
+        name=folder.resolve().name,
         phase=phase.number,
         flag=phase.rollout.flag,
-        flags_path=str(plan.flags_path.resolve()),
+        flags_path=os.path.relpath(plan.flags_path.resolve(), folder.resolve()),
         environment=environment,
-        before_bp=flag.rollout_bp,
+        before_bp=plan.flags.flag(phase.rollout.flag).rollout_bp,
         steps_bp=phase.rollout.steps_bp,
         policy=plan.migration.policy,
         alerts=phase.alerts,
@@ -128,11 +128,32 @@ def create(folder: Path, plan: RolloutPlan) -> None:
     """Write a plan into a new folder.
 
     Raises:
-        ReleaseError: If the folder already holds one.
+        ReleaseError: If the folder already holds one, the flag is on for somebody, or a flag that
+            it needs is not on for everybody.
     """
     if (folder / PLAN).exists():
         raise ReleaseError(f"{folder} must be a new folder, but holds a rollout; name another.")
+    file = load_flags(_flags_path(folder, plan))
+    flag = file.flag(plan.flag)
+    if flag.default or flag.killed or (flag.rollout_bp or 0) >= plan.steps_bp[0]:
+        raise ReleaseError(
+            f"{plan.flag} must be below its canary of {plan.steps_bp[0]} basis points to be rolled "
+            f"out, but has default={flag.default}, killed={flag.killed}, "
+            f"rollout_bp={flag.rollout_bp}; set it back first."
+        )
+    for name in flag.prerequisites:
+        needed = file.flag(name)
+        if needed.killed or not (needed.default or needed.rollout_bp == FULL_BP):
+            raise ReleaseError(
+                f"{name} must be on for every model before {plan.flag} is rolled out, but is not: "
+                f"its share would be less than it says; finish the rollout of {name} first."
+            )
     write_json(folder / PLAN, plan)
+
+
+def _flags_path(folder: Path, plan: RolloutPlan) -> Path:
+    """Where the flags are, also while the rollout's folder does not exist yet."""
+    return (folder.resolve() / plan.flags_path).resolve()
 
 
 def read(folder: Path) -> Stored:
@@ -153,7 +174,7 @@ def read(folder: Path) -> Stored:
             )
         entries.append(entry)
         last = digest(path.read_bytes())
-    return Stored(plan, tuple(entries), last)
+    return Stored(plan, tuple(entries), last, _flags_path(folder, plan))
 
 
 def parsed(model: type[R], path: Path) -> R:
@@ -197,9 +218,9 @@ def rejudge(plan: RolloutPlan, entry: Entry) -> Verdict:
     return judge(entry.evidence, plan.policy, plan.alerts)
 
 
-def flags_hash(plan: RolloutPlan) -> str:
+def flags_hash(stored: Stored) -> str:
     """Hash of the flags as they are now, in the rollout's environment."""
-    return Snapshot(load_flags(Path(plan.flags_path)), plan.environment).hash
+    return Snapshot(load_flags(stored.flags_path), stored.plan.environment).hash
 
 
 def step(folder: Path, evidence_path: Path, *, actor: str, now: datetime) -> Entry:
@@ -227,12 +248,12 @@ def step(folder: Path, evidence_path: Path, *, actor: str, now: datetime) -> Ent
         path = folder / f"{entry.number:03d}.json"
         after = state_of(stored.plan, (*stored.entries, entry))
         if entry.verdict.decision == Decision.ROLLBACK:
-            _move(stored.plan, after, entry, actor)
+            _move(stored, after, entry, actor)
             write_json(path, entry)
         else:
             write_json(path, entry)
             if after.share_bp != state.share_bp:
-                _move(stored.plan, after, entry, actor)
+                _move(stored, after, entry, actor)
         return entry
 
 
@@ -247,7 +268,7 @@ def _judged(stored: Stored, state: State, evidence_path: Path, now: datetime) ->
             rollout=plan.name,
             step=state.step,
             interval=state.intervals + 1,
-            flags_hash=flags_hash(plan),
+            flags_hash=flags_hash(stored),
             judged_at=now,
         )
         verdict = judge(evidence, plan.policy, plan.alerts)
@@ -264,7 +285,7 @@ def _judged(stored: Stored, state: State, evidence_path: Path, now: datetime) ->
 def _require_flag(stored: Stored, state: State, actor: str) -> None:
     """Check that the flag is where the last entry put it; finish a move that was cut short."""
     plan = stored.plan
-    flag = load_flags(Path(plan.flags_path)).flag(plan.flag)
+    flag = load_flags(stored.flags_path).flag(plan.flag)
     if flag.killed or flag.default:
         raise ReleaseError(
             f"{plan.flag} must be neither killed nor on for all during a rollout, but is; "
@@ -275,7 +296,7 @@ def _require_flag(stored: Stored, state: State, actor: str) -> None:
     if stored.entries:
         before = state_of(plan, stored.entries[:-1])
         if flag.rollout_bp == before.share_bp:
-            _move(plan, state, stored.entries[-1], actor)
+            _move(stored, state, stored.entries[-1], actor)
             return
     raise ReleaseError(
         f"{plan.flag} must be at {state.share_bp} basis points where the rollout left it, but is "
@@ -283,15 +304,15 @@ def _require_flag(stored: Stored, state: State, actor: str) -> None:
     )
 
 
-def _move(plan: RolloutPlan, after: State, entry: Entry, actor: str) -> None:
+def _move(stored: Stored, after: State, entry: Entry, actor: str) -> None:
     """Set the flag to where the rollout is after an entry."""
     is_back = entry.verdict.decision == Decision.ROLLBACK
     change_flag(
-        Path(plan.flags_path),
-        plan.flag,
+        stored.flags_path,
+        stored.plan.flag,
         {"rollout_bp": after.share_bp},
         actor=actor,
-        reason=f"rollout {plan.name}, entry {entry.number}: {entry.verdict.reasons[0]}",
+        reason=f"rollout {stored.plan.name}, entry {entry.number}: {entry.verdict.reasons[0]}",
         action="rollback" if is_back else "advance",
         at_once=is_back,
     )

@@ -59,7 +59,7 @@ class Here:
         fields = {
             "rollout": "first",
             "step": max(1, state_of(stored.plan, stored.entries).step),
-            "flags_hash": flags_hash(stored.plan),
+            "flags_hash": flags_hash(stored),
             "started_at": now - timedelta(minutes=5),
             "ended_at": now,
             "pairs": pairs | {"latency_p50_ms": late},

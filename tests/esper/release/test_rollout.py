@@ -37,7 +37,7 @@ class World:
         self.flags, self.folder = folder / "flags.yaml", folder / "runs" / "first"
         self.file, self.rng = folder / "evidence.json", np.random.default_rng(5)
         self.plan = new_plan(
-            load_migration(self.config), 1, "first", environment=None, actor="ada", now=NOW
+            load_migration(self.config), 1, self.folder, environment=None, actor="ada", now=NOW
         )
         create(self.folder, self.plan)
 
@@ -73,7 +73,7 @@ class World:
         fields = {
             "rollout": "first",
             "step": max(1, self.state.step),
-            "flags_hash": flags_hash(self.plan),
+            "flags_hash": flags_hash(read(self.folder)),
             "started_at": NOW - timedelta(seconds=900),
             "ended_at": NOW,
             "pairs": pairs,
@@ -257,19 +257,39 @@ def test_a_rollback_comes_before_its_entry(running, monkeypatch):
     assert running.share_bp == 0
 
 
-def test_a_flag_that_is_on_already_cannot_be_planned(world):
-    change_flag(world.flags, FLAG, {"rollout_bp": 500}, actor="ada", reason="x")
-    with pytest.raises(ReleaseError, match="must be below its canary of 500"):
-        new_plan(load_migration(world.config), 1, "x", environment=None, actor="a", now=NOW)
+def planned(world, phase, name, environment=None):
+    folder = world.folder.with_name(name)
+    plan = new_plan(load_migration(world.config), phase, folder, environment=environment,
+                    actor="ada", now=NOW)  # fmt: skip
+    create(folder, plan)
+    return folder, plan
+
+
+def test_a_flag_that_is_on_already_cannot_be_rolled_out(world):
     with pytest.raises(ReleaseError, match="must be a new folder"):
         create(world.folder, world.plan)
+    change_flag(world.flags, FLAG, {"rollout_bp": 500}, actor="ada", reason="x")
+    with pytest.raises(ReleaseError, match="must be below its canary of 500"):
+        planned(world, 1, "second")
+
+
+def test_what_a_flag_needs_must_be_on_for_everybody(world):
+    with pytest.raises(ReleaseError, match=r"kasmina\.parallel must be on for every model"):
+        planned(world, 2, "second")
+    change_flag(world.flags, FLAG, {"rollout_bp": 10_000}, actor="ada", reason="x")
+    assert planned(world, 2, "second")[1].flag == "kasmina.lifecycle"
+
+
+def test_a_rollout_may_be_moved_with_its_flags(running, tmp_path):
+    shutil.copytree(tmp_path, tmp_path.with_name("elsewhere"))
+    running.flags.unlink()
+    stored = read(tmp_path.with_name("elsewhere") / "runs" / "first")
+    assert len(flags_hash(stored)) == 64
 
 
 def test_a_flag_without_a_share_gets_none_back(world):
     change_flag(world.flags, FLAG, {"rollout_bp": None}, actor="ada", reason="x")
-    plan = new_plan(load_migration(world.config), 1, "second", environment="ci", actor="a", now=NOW)
-    world.folder, world.plan = world.folder.with_name("second"), plan
-    create(world.folder, plan)
+    world.folder, world.plan = planned(world, 1, "second", "ci")
     assert world.step(world.targets()) == Decision.ADVANCE
     assert world.share_bp == 500
     assert world.step(world.interval(slower=1.05, rollout="second")) == Decision.ROLLBACK
