@@ -304,3 +304,21 @@ def gate_command(
     from esper.cli.gate import gate
 
     raise typer.Exit(gate(config, phase, measured, rollout))
+
+
+config = typer.Typer(no_args_is_help=True, help="Settings of the migration.")
+app.add_typer(config, name="config")
+
+
+@config.command("explain")
+@explained
+def explain_key(
+    key: Annotated[
+        str, typer.Argument(help="Such as policy.min_pairs, phases.1.targets, or flags.")
+    ],
+    config: MigrationFile = MIGRATION,
+) -> None:
+    """Print a setting's value and where it comes from: a line of a file, or a default."""
+    from esper.cli.config import explain_key
+
+    explain_key(config, key)
