@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from esper.release.errors import ReleaseError
-from esper.release.judge import Decision, GateEvidence, Measured, Verdict, judge_gate
+from esper.release.judge import Decision, GateEvidence, PhaseMeasurements, Verdict, judge_gate
 from esper.release.phases import load_migration
 from esper.release.rollout import parsed, read, rejudge
 
@@ -40,7 +40,7 @@ def gate(config: Path, phase: int | None, measured: Path | None, rollout: Path |
 def _of_phase(config: Path, number: int, measured: Path, now: datetime) -> Verdict:
     plan = load_migration(config)
     phase = plan.phases.phase(number)
-    evidence = GateEvidence(measured=parsed(Measured, measured), judged_at=now)
+    evidence = GateEvidence(measured=parsed(PhaseMeasurements, measured), judged_at=now)
     return judge_gate(evidence, (*phase.gates, *phase.targets), plan.migration.policy)
 
 

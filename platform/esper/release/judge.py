@@ -55,12 +55,14 @@ class Series(Record):
     control: tuple[float | None, ...]
 
 
-class Measurements(Record):
+class IntervalMeasurements(Record):
     """What was measured in one interval of a rollout."""
 
     rollout: str = Field(description="Name of the rollout that it is about.")
     step: int = Field(ge=1, description="Step of the ramp that was in force, from 1.")
-    flags_hash: str = Field(description="Of the snapshot under which it was measured.")
+    flags_hash: str = Field(
+        description="Of the snapshot in force, without what forces the two sides of a pair apart."
+    )
     started_at: AwareDatetime
     ended_at: AwareDatetime = Field(description="When the last pair ended.")
     pairs: dict[str, Series]
@@ -70,7 +72,7 @@ class Measurements(Record):
 class Evidence(Record):
     """Measurements and what they are held against; enough to judge them again at any time."""
 
-    measurements: Measurements
+    measurements: IntervalMeasurements
     rollout: str
     step: int
     interval: int = Field(ge=1, description="Of the rollout, from 1.")
@@ -78,7 +80,7 @@ class Evidence(Record):
     judged_at: AwareDatetime
 
 
-class Measured(Record):
+class PhaseMeasurements(Record):
     """What targets and gates of a phase are held against, such as a baseline."""
 
     commit: str | None = Field(description="Of the code that was measured.")
@@ -89,7 +91,7 @@ class Measured(Record):
 class GateEvidence(Record):
     """What was measured before a rollout, and when it was judged."""
 
-    measured: Measured
+    measured: PhaseMeasurements
     judged_at: AwareDatetime
 
 

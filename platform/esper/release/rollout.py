@@ -26,8 +26,8 @@ from esper.release.judge import (
     Decision,
     Evidence,
     GateEvidence,
-    Measured,
-    Measurements,
+    IntervalMeasurements,
+    PhaseMeasurements,
     Verdict,
     judge,
     judge_gate,
@@ -230,7 +230,8 @@ def step(folder: Path, evidence_path: Path, *, actor: str, now: datetime) -> Ent
 
     Args:
         folder: Of the rollout.
-        evidence_path: `Measured` as JSON while it has not begun, else `Measurements`.
+        evidence_path: JSON of `PhaseMeasurements` while it has not begun, else of
+            `IntervalMeasurements`.
         actor: Who asks.
         now: When it is judged.
 
@@ -260,11 +261,11 @@ def step(folder: Path, evidence_path: Path, *, actor: str, now: datetime) -> Ent
 def _judged(stored: Stored, state: State, evidence_path: Path, now: datetime) -> Entry:
     plan, gate, evidence = stored.plan, None, None
     if state.step == 0:
-        gate = GateEvidence(measured=parsed(Measured, evidence_path), judged_at=now)
+        gate = GateEvidence(measured=parsed(PhaseMeasurements, evidence_path), judged_at=now)
         verdict = judge_gate(gate, plan.conditions, plan.policy)
     else:
         evidence = Evidence(
-            measurements=parsed(Measurements, evidence_path),
+            measurements=parsed(IntervalMeasurements, evidence_path),
             rollout=plan.name,
             step=state.step,
             interval=state.intervals + 1,

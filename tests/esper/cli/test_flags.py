@@ -30,7 +30,7 @@ def test_list_shows_state_owner_and_hash(path):
     done = flags("list", path=path)
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["kasmina.parallel", "0", "%", "of", "models", "kasmina,", "until",
+    assert lines[1].split() == ["kasmina.parallel", "0", "%", "of", "models", "kasmina,", "until",
                                 "2027-06-30"]  # fmt: skip
     assert lines[-1].startswith("flags_hash ")
 
@@ -131,7 +131,7 @@ def test_an_expired_flag_is_told_with_code_1(path):
     path.write_text(path.read_text().replace("2027-06-30", "2020-01-01", 1))
     done = flags("validate", path=path)
     assert done.exit_code == 1
-    assert "kasmina.parallel expired on 2020-01-01" in done.stdout
+    assert "release.snapshots expired on 2020-01-01: release removes it" in done.stdout
     assert "EXPIRED" in flags("list", path=path).stdout
 
 

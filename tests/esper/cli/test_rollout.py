@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from esper.cli.main import app
 from esper.release.flags import load_flags
-from esper.release.judge import Measured, Measurements, Series
+from esper.release.judge import IntervalMeasurements, PhaseMeasurements, Series
 from esper.release.phases import Quantity, load_migration
 from esper.release.rollout import flags_hash, read, state_of
 
@@ -46,7 +46,9 @@ class Here:
             for a in (*phase.gates, *phase.targets)
         }
         return self.write(
-            Measured(commit=None, ended_at=datetime.now(UTC), quantities=quantities | changed)
+            PhaseMeasurements(
+                commit=None, ended_at=datetime.now(UTC), quantities=quantities | changed
+            )
         )
 
     def interval(self, slower=1.0, **changed):
@@ -65,7 +67,7 @@ class Here:
             "pairs": pairs | {"latency_p50_ms": late},
             "gauges": {a.metric: Quantity(value=0, unit=a.unit) for a in stored.plan.alerts},
         }
-        return self.write(Measurements(**fields | changed))
+        return self.write(IntervalMeasurements(**fields | changed))
 
     def write(self, record):
         self.file.write_text(record.model_dump_json())

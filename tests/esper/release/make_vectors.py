@@ -157,7 +157,8 @@ def make_case(rng, documents):
     return case | {"enabled": enabled, "reason": reason}
 
 
-def main() -> None:
+def vectors() -> str:
+    """The whole file."""
     rng = random.Random(20261123)
     documents = [make_document(rng) for _ in range(40)]
     cases = [make_case(rng, documents) for _ in range(1_000)]
@@ -172,8 +173,8 @@ def main() -> None:
         for key, items in (("documents", documents), ("buckets", buckets), ("cases", cases))
     }
     text = ",\n".join(f'"{key}": [\n{body}\n]' for key, body in lines.items())
-    Path(__file__).with_name("vectors.json").write_text("{" + text + "}\n", encoding="utf-8")
+    return "{" + text + "}\n"
 
 
 if __name__ == "__main__":
-    main()
+    Path(__file__).with_name("vectors.json").write_text(vectors(), encoding="utf-8")

@@ -1,5 +1,6 @@
 """Changes keep comments, are all or nothing, and leave a record that shows tampering."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -156,6 +157,18 @@ def test_tampering_is_found_and_nothing_is_built_on_it(changed, tamper, message)
     assert contents(changed.parent) == before
 
 
+def test_a_change_with_a_hash_of_its_own_breaks_the_chain(changed):
+    path = audit_path(changed)
+    lines = path.read_text().splitlines()
+    record = json.loads(lines[1]) | {"actor": "eve"}
+    del record["hash"]
+    record["hash"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    lines[1] = json.dumps(record, sort_keys=True)
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(AuditError, match="line 3, must follow"):
+        read_audit(path)
+
+
 def test_a_record_without_its_end_does_not_fit_the_file(changed):
     path = audit_path(changed)
     lines = path.read_text().splitlines(keepends=True)
@@ -168,8 +181,8 @@ def test_any_torn_last_line_is_taken_away_by_the_next_change(changed):
     path = audit_path(changed)
     whole = path.read_bytes()
     last = whole.splitlines(keepends=True)[-1]
-    for cut in (1, 10, len(last) - 1):
-        path.write_bytes(whole + last[:cut])
+    for torn in (last[:1], last[:10], last[:-1], last[:-1] * 9):
+        path.write_bytes(whole + torn)
         log = read_audit(path)
         assert (len(log.records), log.is_torn) == (3, True)
     change(changed, {"rollout_bp": 5_000})

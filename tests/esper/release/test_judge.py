@@ -13,12 +13,13 @@ from esper.release.judge import (
     Decision,
     Evidence,
     GateEvidence,
-    Measured,
-    Measurements,
+    IntervalMeasurements,
+    PhaseMeasurements,
     Series,
     judge,
     judge_gate,
     pairs_for,
+    threshold_worse,
 )
 from esper.release.phases import Alert, Quantity, load_migration
 
@@ -86,7 +87,7 @@ def evidence_of(pairs, *, interval=1, gauges=GAUGES, age_s=60.0, **changed):
         "gauges": gauges,
     }
     return Evidence(
-        measurements=Measurements(**common | measured | changed),
+        measurements=IntervalMeasurements(**common | measured | changed),
         interval=interval,
         judged_at=NOW,
         **common,
@@ -151,6 +152,11 @@ def test_at_the_margin_itself_the_promised_share_is_rolled_back_at_most(noise):
     assert rolled_back(at_margin, noise, 1_000) <= POLICY.alpha_rollback + 0.0095
 
 
+def test_the_error_rate_is_shared_among_guards_and_intervals():
+    shares = len(POLICY.guards) * POLICY.planned_intervals
+    assert math.exp(-threshold_worse(POLICY)) * shares == pytest.approx(POLICY.alpha_rollback)
+
+
 def test_the_plan_knows_how_much_evidence_that_takes():
     needed = {g.metric: pairs_for(g, POLICY) for g in POLICY.guards}
     assert all(n is not None and n <= POLICY.min_pairs for n in needed.values()), needed
@@ -171,7 +177,8 @@ def spoiled(series, side, value):
     seed=st.integers(0, 1_000),
 )
 def test_one_missing_or_wrong_number_never_advances(metric, side, value, seed):
-    pairs = measure(np.random.default_rng(seed), {})
+    # enough pairs without that one
+    pairs = measure(np.random.default_rng(seed), {}, pairs=POLICY.min_pairs + 8)
     pairs[metric] = spoiled(pairs[metric], side, value)
     assert decide(pairs) == Decision.INCONCLUSIVE
 
@@ -291,7 +298,9 @@ def test_a_verdict_tells_the_guard_and_survives_the_disk(healthy):
 
 def gate(quantities, age_s=60.0):
     phase = PLAN.phases.phase(1)
-    measured = Measured(commit=None, ended_at=NOW - timedelta(seconds=age_s), quantities=quantities)
+    measured = PhaseMeasurements(
+        commit=None, ended_at=NOW - timedelta(seconds=age_s), quantities=quantities
+    )
     evidence = GateEvidence(measured=measured, judged_at=NOW)
     return judge_gate(evidence, (*phase.gates, *phase.targets), POLICY).decision
 

@@ -14,7 +14,7 @@ from esper.release.audit import audit_path, read_audit, require_current
 from esper.release.change import change_flag
 from esper.release.errors import ReleaseError
 from esper.release.flags import load_flags
-from esper.release.judge import Decision, Measured, Measurements, Series
+from esper.release.judge import Decision, IntervalMeasurements, PhaseMeasurements, Series
 from esper.release.phases import Quantity, load_migration
 from esper.release.rollout import create, flags_hash, new_plan, read, rejudge, state_of, step
 
@@ -56,7 +56,7 @@ class World:
             a.metric: Quantity(value=values.get(a.comparison, a.value), unit=a.unit)
             for a in self.plan.conditions
         }
-        return Measured(commit=None, ended_at=NOW, quantities=quantities | changed)
+        return PhaseMeasurements(commit=None, ended_at=NOW, quantities=quantities | changed)
 
     def interval(self, *, slower=1.0, **changed):
         pairs = {}
@@ -79,7 +79,7 @@ class World:
             "pairs": pairs,
             "gauges": {a.metric: Quantity(value=0, unit=a.unit) for a in self.plan.alerts},
         }
-        return Measurements(**fields | changed)
+        return IntervalMeasurements(**fields | changed)
 
     def step(self, record):
         self.file.write_text(record.model_dump_json())
@@ -202,7 +202,7 @@ def test_a_missing_file_is_found(running):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "must be Measurements as JSON"),
+        ("{", "must be IntervalMeasurements as JSON"),
         ("{}", "rollout: Field required"),
         (None, "must be readable"),
         ('{"extra": 1}', "as JSON"),

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import runpy
 import time
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from esper.release.errors import ReleaseError, UnknownFlagError
 from esper.release.flags import FlagFile
 from esper.release.snapshot import Reason, Snapshot, bucket, snapshot
 
-VECTORS = json.loads(Path(__file__).with_name("vectors.json").read_text(encoding="utf-8"))
+HERE = Path(__file__).parent
+VECTORS = json.loads((HERE / "vectors.json").read_text(encoding="utf-8"))
 
 
 def ask(file, flag="a", model="m", **attributes):
@@ -28,6 +30,11 @@ def test_every_answer_and_reason_is_as_specified():
         taken = Snapshot(files[case["document"]], case["environment"], case["overrides"])
         answer = taken.evaluate(case["flag"], case["model"], case["attributes"])
         assert (answer.enabled, answer.reason) == (case["enabled"], case["reason"]), case
+
+
+def test_the_vectors_are_those_of_their_script():
+    written = runpy.run_path(str(HERE / "make_vectors.py"))["vectors"]()
+    assert written == (HERE / "vectors.json").read_text(encoding="utf-8")
 
 
 def test_the_vectors_reach_every_reason():
@@ -87,8 +94,8 @@ def test_a_prerequisite_is_asked_for_the_same_model(make_file):
 
 
 def test_one_is_not_true_in_a_rule(make_file):
-    file = make_file(a={"rules": [{"when": {"n": [1]}, "serve": True}]})
-    assert ask(file, n=1) == (True, "RULE", "rules.0")
+    file = make_file(a={"rules": [{"when": {"n": ["x", 1]}, "serve": True}]})
+    assert ask(file, n=1) == ask(file, n="x") == (True, "RULE", "rules.0")
     for other in (True, "1", 2, None, [1]):
         assert not ask(file, n=other).enabled
     assert not ask(file).enabled
