@@ -15,6 +15,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from esper.config.base import read_yaml, validate
 from esper.release.audit import (
     Action,
+    AuditError,
     AuditRecord,
     AuditWriter,
     audit_path,
@@ -98,8 +99,13 @@ def change_flag(
         }
         if at_once:
             _replace(path, new)
-            _settle(audit, path, old, accept=actor)
-            return audit.append(**entry)
+            try:
+                _settle(audit, path, old, accept=actor)
+                return audit.append(**entry)
+            except AuditError as error:
+                raise AuditError(
+                    f"{name} was changed, but could not be recorded: {error}"
+                ) from None
         _settle(audit, path, old)
         record = audit.append(**entry)
         _replace(path, new)

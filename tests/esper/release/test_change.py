@@ -221,9 +221,10 @@ def test_a_rollback_waits_for_nobody(changed):
     assert [r.action for r in records[3:]] == ["accept", "rollback"]
     path = audit_path(changed)
     path.write_text(path.read_text().replace("ada", "eve"))
-    change_flag_now = {"rollout_bp": 1}
-    with pytest.raises(AuditError):
-        change(changed, change_flag_now, action="rollback", at_once=True)
+    with pytest.raises(
+        AuditError, match=r"kasmina\.parallel was changed, but could not be recorded"
+    ):
+        change(changed, {"rollout_bp": 1}, action="rollback", at_once=True)
     assert load_flags(changed).flags[FLAG].rollout_bp == 1
 
 
