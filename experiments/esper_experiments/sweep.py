@@ -19,7 +19,7 @@ from esper.tracking.pictures import (
     growth_curves,
     lattice_over_time,
 )
-from esper.trial import Trial
+from esper_experiments.peers import trial_of
 from esper_experiments.plan import Planned, device_of, plan_trials, register, sweep_folder
 from esper_experiments.watcher import Watcher
 
@@ -108,7 +108,7 @@ def check(sweep: SweepConfig) -> None:
     for arm in sweep.arms:
         config: RunConfig = sweep.run_config(arm)
         try:
-            trial = Trial(config, TrialSpec(arm, 0, sweep.first_seed, 0, "", mark))
+            trial = trial_of(config)(config, TrialSpec(arm, 0, sweep.first_seed, 0, "", mark))
         except ConfigError as error:
             raise ConfigError(f"arm '{arm}'", error.problems) from None
         metrics = trial.metric_names()
