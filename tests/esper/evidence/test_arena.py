@@ -1,21 +1,16 @@
-"""Evidence over tasks: scales, Holm, intervals and fronts against values worked by hand."""
+"""Evidence over tasks: scales, Holm over tasks, absent methods, collapsed runs."""
 
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from esper.config.arena import Scale
 from esper.config.sweep import Comparison, Question
 from esper.evidence.arena import (
     ArenaRegistration,
     TaskEvidence,
-    front,
-    iqm,
-    profile,
     scores,
-    stratified_bootstrap,
     summarise_arena,
 )
 from esper.evidence.records import Fingerprint, Registration, TrialRecord, canonical_hash
@@ -158,45 +153,6 @@ def test_the_summary_is_the_same_each_time_and_survives_json():
     first = summary_of(**tasks)
     assert first == summary_of(**tasks)
     assert type(first).model_validate_json(first.model_dump_json()) == first
-
-
-def test_iqm_is_the_mean_of_the_middle_half():
-    values = np.array([-100.0, 1, 2, 3, 4, 5, 6, 1000])
-    assert iqm(values) == 3.5
-    np.testing.assert_array_equal(iqm(np.stack([values, values + 1]), axis=1), [3.5, 4.5])
-
-
-def test_a_profile_is_the_share_of_runs_above():
-    taus = np.array([-1.0, 0.5, 1.0, 3.0])
-    np.testing.assert_array_equal(profile(np.array([0.0, 1, 2, 3]), taus), [1, 0.75, 0.5, 0])
-
-
-def test_the_bootstrap_draws_within_each_stratum_and_agrees_with_scipy():
-    rng = np.random.default_rng(1)
-    apart = [np.full(5, 0.0), np.full(5, 10.0)]
-    low, high = stratified_bootstrap(apart, lambda x: x.mean(1), 0)
-    assert low == high == 5
-    values = rng.normal(size=40)
-    low, high = stratified_bootstrap([values], lambda x: x.mean(1), 0)
-    reference = stats.bootstrap((values,), np.mean, method="percentile", rng=2)
-    expected = reference.confidence_interval
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.03)
-
-
-def test_the_bootstrap_interval_covers_about_as_often_as_it_says():
-    """Ten runs of each of four tasks, as in an arena: a little below 95 %."""
-    rng, hits = np.random.default_rng(2), 0
-    for repeat in range(200):
-        strata = list(rng.normal(size=(4, 10)))
-        low, high = stratified_bootstrap(strata, lambda x: iqm(x, axis=1), repeat)
-        hits += low <= 0 <= high
-    assert 0.88 <= hits / 200 <= 0.99
-
-
-def test_a_front_holds_what_nothing_beats_and_nothing_without_a_cost():
-    values = {"cheap": 1.0, "good": 3.0, "beaten": 2.0, "tied": 3.0, "unknown": 9.0, "none": None}
-    costs = {"cheap": 1.0, "good": 2.0, "beaten": 2.0, "tied": 2.0, "unknown": None, "none": 0.0}
-    assert front(values, costs) == {"cheap", "good", "tied"}
 
 
 def test_a_method_with_a_collapsed_run_is_on_no_flops_front():
