@@ -16,8 +16,9 @@ from esper.tracking.arena_pictures import fronts, performance_profiles, score_in
 from esper.tracking.arena_report import write_report
 from esper.tracking.arena_sink import log_arena
 from esper.tracking.mlflow_sink import MlflowSink
+from esper.tracking.pictures import growth_curves
 from esper_experiments.plan import device_of, register, sweep_folder
-from esper_experiments.sweep import SweepResult, check, run_sweep
+from esper_experiments.sweep import SweepResult, check, curve_of, run_sweep
 from esper_experiments.watcher import Watcher
 
 # makes what is told of one task's sweep; entered before it runs
@@ -148,11 +149,7 @@ def _conclude(
     target = folder / "pictures"
     pictures = draw_over_tasks(summary, target)
     of_tasks = {
-        name: {
-            f"Fronts of {name}": fronts(task, name, target / f"fronts_{name}.png"),
-            f"Growth curves of {name}": results[name].pictures["Growth curves"],
-        }
-        for name, task in summary.tasks.items()
+        name: draw_task(arena.sweeps[name], tasks[name], summary, name, target) for name in tasks
     }
     report = write_report(summary, pictures, of_tasks, command, folder / "report.html")
     run_ids = [r.mlflow_run_id for r in results.values()]
@@ -166,6 +163,21 @@ def evidence_of(
     """What a task's sweep left on disk."""
     dependent = frozenset(arm for arm in sweep.arms if sweep.run_config(arm).follow is not None)
     return TaskEvidence(registration, read_records(folder), dependent, absent)
+
+
+def draw_task(
+    sweep: SweepConfig, evidence: TaskEvidence, summary: ArenaSummary, task: str, folder: Path
+) -> dict[str, Path]:
+    """Fronts and growth curves of one task, in the colours that the methods have everywhere."""
+    records = list(evidence.records)
+    methods = [summary.treatment, *summary.controls]
+    curves = folder / f"growth_curves_{task}.png"
+    return {
+        f"Fronts of {task}": fronts(summary, task, folder / f"fronts_{task}.png"),
+        f"Growth curves of {task}": growth_curves(
+            records, curve_of(sweep, records), curves, methods
+        ),
+    }
 
 
 def draw_over_tasks(summary: ArenaSummary, folder: Path) -> dict[str, Path]:

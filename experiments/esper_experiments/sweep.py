@@ -275,14 +275,19 @@ def judge_records(
     return verdicts, summarise(records, registration)
 
 
+def curve_of(sweep: SweepConfig, records: list[TrialRecord]) -> str:
+    """The curve that shows the question's metric while training."""
+    metric = sweep.question.metric.replace("test_", "held_out_")
+    return metric if all(metric in r.curves for r in records) else "held_out_loss"
+
+
 def draw(
     sweep: SweepConfig, records: list[TrialRecord], verdicts: list[Verdict], folder: Path
 ) -> dict[str, Path]:
     """Growth curves, forest plot, and the treatment's lattice in its first pair."""
     target = folder / "pictures"
     target.mkdir(exist_ok=True)
-    metric = sweep.question.metric.replace("test_", "held_out_")
-    curve = metric if all(metric in r.curves for r in records) else "held_out_loss"
+    curve = curve_of(sweep, records)
     pictures = {
         "Growth curves": growth_curves(records, curve, target / "growth_curves.png"),
         "Final results": arms_overview(

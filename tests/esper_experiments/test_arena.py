@@ -51,14 +51,19 @@ ARENA = {
 }
 
 
-def arena_command(folder):
+def arena_command(folder, *options):
     script = "from esper_experiments.entry import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", script, "arena", "arena.yaml", "--json", "out.json",
-         "--html", "report.html"],
+        [sys.executable, "-c", script, "arena", "arena.yaml", *options],
         cwd=folder, capture_output=True, text=True, timeout=280, check=False,
         env=os.environ,
     )  # fmt: skip
+
+
+def write(folder, **changes):
+    contents = {"spirals": SPIRALS, "digits": DIGITS, "arena": {**ARENA, **changes}}
+    for name, content in contents.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
 
 def facts(summary):
@@ -73,9 +78,9 @@ def facts(summary):
 
 @pytest.mark.slow
 def test_an_arena_runs_reports_and_goes_on_where_it_stopped(tmp_path):
-    for name, content in (("spirals", SPIRALS), ("digits", DIGITS), ("arena", ARENA)):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    done = arena_command(tmp_path)
+    write(tmp_path)
+    outputs = ("--json", "out.json", "--html", "report.html")
+    done = arena_command(tmp_path, *outputs)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "task 2 of 2: digits, 3 methods" in done.stdout
     assert "static-final does not apply to digits: left out on purpose" in done.stdout
@@ -108,7 +113,7 @@ def test_an_arena_runs_reports_and_goes_on_where_it_stopped(tmp_path):
     lost = next(tmp_path.glob("runs/quick-digits-*/trials/esper-001.json"))
     lost.unlink()
     kept = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/trials/*.json")}
-    again = arena_command(tmp_path)
+    again = arena_command(tmp_path, *outputs)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "8 of 8 trials had finished before" in again.stdout
     assert "5 of 6 trials had finished before" in again.stdout
@@ -117,3 +122,25 @@ def test_an_arena_runs_reports_and_goes_on_where_it_stopped(tmp_path):
         summary
     )
     assert len(client.search_runs([experiment.experiment_id], max_results=100)) == len(runs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"tretment": "esper"}, (), "did you mean 'treatment'?"),
+        ({}, ("--pairs", "1"), "--pairs"),
+        (
+            {"methods": {**ARENA["methods"], "odd": {"of": "esper", "change": {
+                "lattice": [{"sites": "fc9", "seeds_per_layer": 1}]}}}},
+            (),
+            "task 'spirals' is not valid",
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_arena_is_refused_before_anything_starts(tmp_path, changes, options, message):
+    write(tmp_path, **changes)
+    done = arena_command(tmp_path, *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {p.suffix for p in tmp_path.iterdir()} == {".yaml"}

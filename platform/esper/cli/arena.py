@@ -64,7 +64,7 @@ def show(console: Console, summary: "ArenaSummary") -> None:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("against", no_wrap=True)
     for name in summary.tasks:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for control in summary.controls:
         cells = [_cell(t.verdicts.get(control)) for t in summary.tasks.values()]
         table.add_row(control, *cells)
@@ -78,7 +78,7 @@ def show(console: Console, summary: "ArenaSummary") -> None:
     for method, a in ordered:
         tasks = f"{len(a.tasks)} tasks" if len(a.tasks) > 1 else "1 task"
         console.print(
-            f"{method:14} IQM score {a.iqm:.3f} ({a.iqm_low:.3f} to {a.iqm_high:.3f}), {tasks}",
+            f"{method:14} IQM score {a.iqm:z.3f} ({a.iqm_low:z.3f} to {a.iqm_high:z.3f}), {tasks}",
             highlight=False,
         )
 

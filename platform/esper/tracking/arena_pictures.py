@@ -1,13 +1,14 @@
 """Pictures of an arena, drawn from its summary: scores, performance profiles, fronts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from esper.evidence.arena import ArenaSummary, MethodResult, TaskResult
+from esper.evidence.arena import ArenaSummary
 from esper.tracking.style import (
     INK,
     MUTED,
@@ -33,7 +34,7 @@ def score_intervals(summary: ArenaSummary, path: Path) -> Path:
     """
     _require_scores(summary)
     methods = sorted(summary.aggregates, key=lambda m: summary.aggregates[m].iqm)
-    colors = arm_colors(methods)
+    colors = _colors(summary)
     with rc_context(STYLE):
         figure = new_figure(1.7 + 0.42 * len(methods))
         axes = figure.add_subplot()
@@ -49,7 +50,7 @@ def score_intervals(summary: ArenaSummary, path: Path) -> Path:
                       alpha=0.35, solid_capstyle="butt")  # fmt: skip
             axes.plot([a.iqm], [row], marker="D", color=colors[name], markersize=8)
             axes.annotate(
-                f"{a.iqm:.3f} [{a.iqm_low:.3f}, {a.iqm_high:.3f}]", (1.02, row),
+                f"{a.iqm:z.3f} [{a.iqm_low:z.3f}, {a.iqm_high:z.3f}]", (1.02, row),
                 xycoords=("axes fraction", "data"), va="center", fontsize=9, color=MUTED,
             )  # fmt: skip
         labels = [_label(summary, name) for name in methods]
@@ -70,7 +71,7 @@ def performance_profiles(summary: ArenaSummary, path: Path) -> Path:
         ValueError: If the arena has no scores.
     """
     _require_scores(summary)
-    colors = arm_colors(summary.aggregates)
+    colors = _colors(summary)
     with rc_context(STYLE):
         figure = new_figure(5.2)
         axes = figure.add_subplot()
@@ -94,55 +95,65 @@ def performance_profiles(summary: ArenaSummary, path: Path) -> Path:
         return save(figure, path)
 
 
-def fronts(task: TaskResult, name: str, path: Path) -> Path:
-    """Draw the mean result of each method against its parameters and its training FLOPs."""
-    colors = arm_colors(task.methods)
-    panels: tuple[tuple[str, Callable[[MethodResult], float | None], str], ...] = (
-        ("parameters at the end", lambda m: m.arm.parameters_mean, "parameters_front"),
-        ("training MFLOP, growing included", _mflop, "flops_front"),
-    )
+def fronts(summary: ArenaSummary, task: str, path: Path) -> Path:
+    """Draw the mean result of each method on a task against its parameters and training FLOPs.
+
+    An accuracy is drawn as an error, whose scale also tells 99.5 % from 99.9 %.
+    """
+    result = summary.tasks[task]
+    label, flip = words(result.metric), result.metric.endswith("_accuracy")
+    if flip:
+        label = label.replace("accuracy", "error")
+    values = {
+        name: (1 - number(m.arm.mean)) if flip else number(m.arm.mean)
+        for name, m in result.methods.items()
+    }
     with rc_context(STYLE):
         figure = new_figure(4.3)
-        axes_of = figure.subplots(1, len(panels), sharey=True)
-        for axes, (label, cost, on_front) in zip(axes_of, panels, strict=True):
-            _draw_front(axes, task.methods, colors, cost, on_front)
-            axes.set_xlabel(label)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
-        axes_of[0].set_ylabel(f"mean {words(task.metric)}")
-        scale(axes_of[0], [number(m.arm.mean) for m in task.methods.values()])
-        if not task.higher_is_better:
-            # up is better in every picture
+        axes_of = figure.subplots(1, 2, sharey=True)
+        parameters = {n: number(m.arm.parameters_mean) for n, m in result.methods.items()}
+        mflop = {n: number(m.arm.train_flops_mean) / 1e6 for n, m in result.methods.items()}
+        on = [n for n, m in result.methods.items() if m.parameters_front]
+        _draw_front(axes_of[0], summary, parameters, values, on)
+        on = [n for n, m in result.methods.items() if m.flops_front]
+        _draw_front(axes_of[1], summary, mflop, values, on)
+        axes_of[0].set_xlabel("parameters at the end")
+        axes_of[1].set_xlabel("training MFLOP, growing included")
+        axes_of[0].set_ylabel(f"mean {label}")
+        scale(axes_of[0], list(values.values()))
+        if flip or not result.higher_is_better:
             axes_of[0].invert_yaxis()
-        set_title(
-            axes_of[0], f"{name}: {words(task.metric)} and its cost (up is better; line: front)"
-        )
-        handles, labels = axes_of[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=5)
+        set_title(axes_of[0], f"{task}: {label} and its cost (up is better, line: front)")
+        figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
         return save(figure, path)
 
 
 def _draw_front(
     axes: Axes,
-    methods: Mapping[str, MethodResult],
-    colors: Mapping[str, str],
-    cost: Callable[[MethodResult], float | None],
-    on_front: str,
+    summary: ArenaSummary,
+    costs: Mapping[str, float],
+    values: Mapping[str, float],
+    on_front: Sequence[str],
 ) -> None:
-    line = sorted(
-        (number(cost(m)), number(m.arm.mean)) for m in methods.values() if getattr(m, on_front)
-    )
+    line = sorted((costs[name], values[name]) for name in on_front)
     axes.step([x for x, _ in line], [y for _, y in line], where="post",
               color=MUTED, linewidth=1.2, zorder=1)  # fmt: skip
-    for i, (name, method) in enumerate(methods.items()):
+    colors, markers = _colors(summary), dict(zip(_methods(summary), cycle(_MARKERS), strict=False))
+    for name, cost in costs.items():
         axes.scatter(
-            [number(cost(method))], [number(method.arm.mean)], s=75, color=colors[name],
-            marker=_MARKERS[i % len(_MARKERS)], label=name, alpha=0.9, linewidths=0, zorder=2,
+            [cost], [values[name]], s=75, color=colors[name], marker=markers[name], label=name,
+            alpha=0.9, linewidths=0, zorder=2,
         )  # fmt: skip
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
 
 
-def _mflop(method: MethodResult) -> float | None:
-    flops = method.arm.train_flops_mean
-    return None if flops is None else flops / 1e6
+def _methods(summary: ArenaSummary) -> list[str]:
+    return [*summary.controls, summary.treatment]
+
+
+def _colors(summary: ArenaSummary) -> dict[str, str]:
+    """One colour a method in all pictures, whichever tasks it applies to."""
+    return arm_colors(_methods(summary))
 
 
 def _ends(summary: ArenaSummary) -> tuple[str, str]:

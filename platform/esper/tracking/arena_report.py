@@ -143,8 +143,8 @@ def _aggregates(summary: ArenaSummary) -> str:
     ordered = sorted(summary.aggregates.items(), key=lambda item: -item[1].iqm)
     rows = [
         [
-            escape(name), f"{a.iqm:.3f}", f"{a.iqm_low:.3f} to {a.iqm_high:.3f}",
-            f"{len(a.tasks)} of {len(summary.tasks)}", f"{a.treatment_iqm:.3f}",
+            escape(name), f"{a.iqm:z.3f}", f"{a.iqm_low:z.3f} to {a.iqm_high:z.3f}",
+            f"{len(a.tasks)} of {len(summary.tasks)}", f"{a.treatment_iqm:z.3f}",
         ]
         for name, a in ordered
     ]  # fmt: skip

@@ -11,6 +11,8 @@ from esper.config.arena import Scale
 from esper.evidence.arena import ArenaRegistration, TaskEvidence, summarise_arena
 from esper.tracking.arena_pictures import fronts, performance_profiles, score_intervals
 from esper.tracking.arena_report import headline, markdown_verdicts, write_report
+from esper.tracking.pictures import growth_curves
+from esper.tracking.style import SPARE_COLORS
 
 FOLLOWERS = frozenset({"static-final", "random", "schedule"})
 CONTROLS = ["host", "static-final", "random", "schedule", "peer<1>"]
@@ -59,8 +61,7 @@ class Page(HTMLParser):
 def report(summary, tmp_path):
     pictures = {"Scores": score_intervals(summary, tmp_path / "scores.png")}
     of_tasks = {
-        name: {"Front": fronts(task, name, tmp_path / "front.png")}
-        for name, task in summary.tasks.items()
+        name: {"Front": fronts(summary, name, tmp_path / "front.png")} for name in summary.tasks
     }
     path = tmp_path / "deep" / "report.html"
     write_report(summary, pictures, of_tasks, "esper arena demo.yaml", path)
@@ -85,7 +86,7 @@ def test_the_report_is_one_file_that_holds_every_verdict_figure_and_picture(summ
             assert f"{method.arm.train_flops_mean / 1e6:,.0f}" in page.text
     for name, aggregate in summary.aggregates.items():
         assert name in page.text
-        assert f"{aggregate.iqm:.3f}" in page.text
+        assert f"{aggregate.iqm:z.3f}" in page.text
     assert "esper arena demo.yaml" in page.text
     assert "and 1 of the control collapsed" in page.text
 
@@ -122,9 +123,20 @@ def test_pictures_have_the_common_width_and_are_not_blank(summary, tmp_path):
     drawn = [
         score_intervals(summary, tmp_path / "a.png"),
         performance_profiles(summary, tmp_path / "b.png"),
-        fronts(summary.tasks["first"], "first", tmp_path / "c.png"),
+        fronts(summary, "first", tmp_path / "c.png"),
     ]
     for path in drawn:
         with Image.open(path) as image:
             assert image.width == 900
             assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 50
+
+
+def test_a_method_keeps_its_colour_where_another_is_absent(make_trial, tmp_path):
+    """Alone, `zeta` would get the first spare colour; beside `alpha` it has the second."""
+    records = [make_trial("zeta", pair) for pair in range(2)]
+    path = growth_curves(records, "test_accuracy", tmp_path / "c.png", ["alpha", "zeta"])
+    with Image.open(path) as image:
+        drawn = {color for _, color in image.convert("RGB").getcolors(maxcolors=1 << 24)}
+    first, second = (tuple(bytes.fromhex(c[1:])) for c in SPARE_COLORS[:2])
+    assert second in drawn
+    assert first not in drawn
