@@ -11,6 +11,7 @@ from esper.config.run import RunConfig
 from esper.config.sweep import SweepConfig
 from esper.environment import is_dirty
 from esper.evidence.records import Registration, TrialRecord, read_records, write_json
+from esper.evidence.search import search_records
 from esper.evidence.verdict import ArmSummary, Verdict, judge_all, summarise
 from esper.tracking.mlflow_sink import MlflowSink
 from esper.tracking.pictures import (
@@ -249,12 +250,13 @@ def _conclude(
     timing: Timing,
     command: str,
 ) -> SweepResult:
-    records = read_records(folder)
+    ran = read_records(folder)
+    records = [*ran, *search_records(ran, sweep.searches)]
     verdicts, arms = judge_records(sweep, registration, records)
     for verdict, comparison in zip(verdicts, sweep.question.comparisons, strict=True):
         name = f"{comparison.treatment}-vs-{comparison.control}"
         write_json(folder / "verdicts" / f"{name}.json", verdict)
-    pictures = draw(sweep, records, verdicts, folder)
+    pictures = draw(sweep, ran, verdicts, folder)
     sink.flush()
     sink.log_verdicts(verdicts, arms, pictures, recompute=command)
     sink.finish("FINISHED")
@@ -269,7 +271,7 @@ def judge_records(
     verdicts = judge_all(
         records,
         registration,
-        dependent_arms=frozenset(a for a, c in configs.items() if c.follow),
+        dependent_arms=frozenset(a for a, c in configs.items() if c.follow) | {*sweep.searches},
         salted_arms=frozenset(a for a, c in configs.items() if c.seed_salt),
     )
     return verdicts, summarise(records, registration)

@@ -47,6 +47,18 @@ class Question(Comparison):
         return (Comparison(treatment=self.treatment, control=self.control), *self.secondary)
 
 
+class Search(Config):
+    """An arm that nobody runs: successive halving over other arms, from their records.
+
+    Its result is the winner's, and it costs what the halving would have cost.
+    """
+
+    over: tuple[str, ...] = Field(min_length=2, description="Arms that are the candidates.")
+    metric: str = Field("held_out_loss", description="The curve by which candidates are kept.")
+    higher_is_better: bool = False
+    eta: int = Field(2, ge=2, description="One in so many candidates goes on.")
+
+
 class Resources(Config):
     """What Ray gives to each trial."""
 
@@ -68,6 +80,7 @@ class SweepConfig(Config):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     run: dict[str, Any] = Field(description="The keys of a run; every arm starts from them.")
     arms: dict[str, dict[str, Any]] = Field(min_length=2, description="Overrides of each arm.")
+    searches: dict[str, Search] = Field({}, description="Further arms: searches over these arms.")
     pairs: int = Field(16, ge=2, le=64)
     first_seed: NonNegativeInt = 0
     question: Question
@@ -84,12 +97,25 @@ class SweepConfig(Config):
                     "for both; an A/A comparison needs two arms that are configured alike."
                 )
         for side in {s for c in self.question.comparisons for s in (c.treatment, c.control)}:
-            if side not in self.arms:
+            if side not in self.all_arms:
                 raise ValueError(
-                    f"question must compare arms of this sweep ({', '.join(self.arms)}), "
+                    f"question must compare arms of this sweep ({', '.join(self.all_arms)}), "
                     f"but got '{side}'; correct the name."
                 )
+        for name, search in self.searches.items():
+            if name in self.arms:
+                raise ValueError(f"searches must have names of their own, but '{name}' is an arm.")
+            if unknown := [arm for arm in search.over if arm not in self.arms]:
+                raise ValueError(
+                    f"searches.{name}.over must name arms ({', '.join(self.arms)}), "
+                    f"but got '{unknown[0]}'."
+                )
         return self
+
+    @property
+    def all_arms(self) -> tuple[str, ...]:
+        """The arms that are run, then those that are computed from them."""
+        return (*self.arms, *self.searches)
 
     def run_config(self, arm: str) -> RunConfig:
         """The configuration of one arm: the base run with the arm's overrides merged in.

@@ -114,6 +114,8 @@ class Trainer:
         self.optimizer = _make_optimizer(config, list(model.parameters()))
         self.step = 0
         self.cost = Cost()
+        # whether the next report is to measure places for new seeds
+        self.measures = True
         # what a rollback may go back to, oldest first
         self.past: list[Snapshot] = []
 
@@ -275,7 +277,8 @@ class Trainer:
         """The lattice's report; what measuring for new seeds takes is counted."""
         if not math.isfinite(loss):
             raise CollapseError(self.step, f"training loss {loss}")
-        if not self.lattice.growth.measured_samples or not self.lattice.attached:
+        wanted = self.measures and self.lattice.growth.measured_samples
+        if not wanted or not self.lattice.attached:
             return self.lattice.report(loss, self._held_out_losses)
         started = time.perf_counter()
         try:
