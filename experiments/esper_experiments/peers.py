@@ -4,14 +4,14 @@ A peer brings its own network and its own way to grow it; the rest of the trial 
 run by one through the name of its controller.
 """
 
-import math
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +24,7 @@ from esper.seeds.report import Report
 from esper.surgery.lattice import Lattice
 from esper.training.hosts import Mlp
 from esper.training.trainer import CollapseError, Trainer
-from esper.trial import Trial, TrialSpec, build_options
+from esper.trial import Trial, TrialSpec, kept_events
 
 # 0 is not among them: new units with zero weights on both sides of a ReLU never learn
 SCALES = (0.03, 0.1, 0.3, 1.0, 3.0)
@@ -32,13 +32,10 @@ SCALES = (0.03, 0.1, 0.3, 1.0, 3.0)
 
 @CONTROLLERS.register("gromo")
 class GromoOptions(ControllerOptions):
-    """When `gromo` grows, and by how many units: TINY as its authors implement it.
+    """`gromo` grows what the followed arm grew: TINY as its authors implement it. No options.
 
     Source: Verbockhaven et al., "Growing Tiny Networks", TMLR 2024; package `gromo`.
     """
-
-    at_intervals: tuple[PositiveInt, ...] = Field(description="Intervals at whose end it grows.")
-    count: PositiveInt = Field(1, description="Units each time, dealt out to the layers in turn.")
 
     def build(self, seed: int, events: tuple[GrowthEvent, ...] = ()) -> Controller:
         """The network has no seeds, so there is nothing to control."""
@@ -53,20 +50,25 @@ def trial_of(config: RunConfig) -> type[Trial]:
 class GromoTrial(Trial):
     """A trial whose network is a `GrowingMLP` that `gromo` widens.
 
-    It starts from the weights that the host of the other arms of its pair starts from. At the
-    given times the statistics are gathered over the whole training set, TINY's neurons computed,
-    and their scale found by a line search on the training loss. Like in the package's examples
-    the optimizer then starts anew, since its parameters are other ones. What growing takes is
-    counted: forward and backward passes and the matrix products of the statistics; not the
-    decompositions, which torch does not count.
+    It starts from the weights that the host of the other arms of its pair starts from, and grows
+    as many units in the same layers at the same times as the arm that it follows kept, within the
+    same parameter budget. Its units are connected to all of their neighbours, while a span's do
+    not read the new ones below them, so that they can be fewer.
+
+    The statistics are gathered over the whole training set, TINY's neurons computed, and their
+    scale found by a line search on the training loss. There are at most as many neurons as the
+    statistics' rank; what is missing is asked for again at the end of the next interval. Like in
+    the package's examples the optimizer then starts anew, since its parameters are other ones.
+    What growing takes is counted: forward and backward passes and the matrix products of the
+    statistics; not the decompositions, which torch does not count.
 
     Args:
         config: The arm's configuration; host `mlp` with layers of one width, no lattice.
         spec: Which trial it is.
-        followed: Not used.
+        followed: Record of the arm whose growth it repeats; None only to check the configuration.
 
     Raises:
-        ConfigError: If the host is another one, or there is a lattice.
+        ConfigError: If the host is another one, there is a lattice, or no arm is followed.
     """
 
     def __init__(
@@ -74,15 +76,26 @@ class GromoTrial(Trial):
     ) -> None:
         super().__init__(config, spec, followed)
         host = Mlp.model_validate(config.host.options) if config.host.name == "mlp" else None
-        if host is None or len(set(host.hidden)) > 1 or config.lattice:
+        if host is None or len(set(host.hidden)) > 1 or config.lattice or config.follow is None:
             raise ConfigError("controller", (
-                "controller 'gromo' must have a host 'mlp' with hidden layers of one width and no "
-                f"lattice, but got '{config.host.name}' {config.host.options} with "
-                f"{len(config.lattice)} lattice entries; change the arm.",
+                "controller 'gromo' must have a host 'mlp' with hidden layers of one width, no "
+                f"lattice, and an arm to follow, but got '{config.host.name}' "
+                f"{config.host.options}, {len(config.lattice)} lattice entries and follow "
+                f"{config.follow}; change the arm.",
             ))  # fmt: skip
-        options = build_options(CONTROLLERS, config.controller, "controller")
-        assert isinstance(options, GromoOptions)
-        self._options, self._turn = options, 0
+        names = [n for n, m in self.trainer.model.named_modules() if isinstance(m, nn.Linear)]
+        # units by interval and hidden layer, and those that are still missing
+        self._wanted: dict[int, Counter[int]] = {}
+        self._missing: Counter[int] = Counter()
+        for event in () if followed is None else kept_events(followed):
+            source, _, target = event.site.partition("->")
+            if source not in names or not target:
+                raise ConfigError("controller", (
+                    "controller 'gromo' must follow an arm that widens hidden layers, but "
+                    f"'{config.follow}' grew at '{event.site}'; follow another one.",
+                ))  # fmt: skip
+            layer = names.index(source)
+            self._wanted.setdefault(event.interval, Counter())[layer] += 1
         model = growing_mlp(self.trainer.model, host).to(config.device)
         self.trainer = self._trainer(model)
 
@@ -100,28 +113,39 @@ class GromoTrial(Trial):
             seed=self._seed, device=self.config.device,
         )  # fmt: skip
 
+    def _affordable(self, layer: int) -> int:
+        """Units that the parameter budget has room for in a hidden layer."""
+        budget = self.config.growth.max_parameters
+        if budget is None:
+            return sys.maxsize
+        layers: Any = self.trainer.model.layers
+        before, after = layers[layer].layer, layers[layer + 1].layer
+        each = before.in_features + (before.bias is not None) + after.out_features
+        return max(0, budget - self.trainer.lattice.count_parameters()) // int(each)
+
     def _grow(self, report: Report) -> None:
-        if report.interval not in self._options.at_intervals:
+        # adding drops what is no longer missing
+        self._missing += self._wanted.get(report.interval, Counter())
+        if not self._missing:
             return
         trainer, cost = self.trainer, self.trainer.cost
-        model: Any = trainer.model
-        started = time.perf_counter()
-        units = [0] * (len(model.layers) - 1)
-        for _ in range(self._options.count):
-            units[self._turn % len(units)] += 1
-            self._turn += 1
-        budget = self.config.growth.max_parameters or math.inf
+        started, before = time.perf_counter(), trainer.lattice.count_parameters()
         try:
             with FlopCounterMode(display=False) as counter:
-                for layer, number in enumerate(units):
-                    widen(model, layer, number, budget, self._train_losses)
+                for layer, units in sorted(self._missing.items()):
+                    wanted = min(units, self._affordable(layer))
+                    # what the budget does not allow now, it never will
+                    self._missing[layer] = wanted
+                    if wanted:
+                        found = widen(trainer.model, layer, wanted, self._train_losses)
+                        self._missing[layer] -= found
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             self._collapse = CollapseError(trainer.step, f"gromo: {error}")
             return
-        # with the parameters it has now
-        trainer.optimizer = self._trainer(model).optimizer
-        trainer.lattice.restart_drift()
-        cost.flops_per_step = None
+        if trainer.lattice.count_parameters() > before:
+            trainer.optimizer = self._trainer(trainer.model).optimizer
+            trainer.lattice.restart_drift()
+            cost.flops_per_step = None
         cost.growth_flops += float(counter.get_total_flops())
         cost.growth_seconds += time.perf_counter() - started
 
@@ -151,29 +175,20 @@ def growing_mlp(host: nn.Module, options: Mlp) -> nn.Module:
 
 
 def widen(
-    model: Any,
-    layer: int,
-    units: int,
-    budget: float,
-    losses: Callable[[Callable[[Tensor], Tensor]], Tensor],
-) -> None:
-    """Add TINY's neurons to one hidden layer, as far as the budget goes.
-
-    There can be fewer of them than asked for: at most the rank of the statistics.
+    model: Any, layer: int, units: int, losses: Callable[[Callable[[Tensor], Tensor]], Tensor]
+) -> int:
+    """Add TINY's neurons to one hidden layer.
 
     Args:
         model: A `GrowingMLP`.
         layer: Index of the hidden layer.
         units: Most neurons to add.
-        budget: Most parameters of the whole network.
         losses: From a forward function to the losses `[N]` of the training set.
+
+    Returns:
+        The number of neurons added: at most the rank of the statistics.
     """
-    before, after = model.layers[layer].layer, model.layers[layer + 1].layer
-    each = before.in_features + (before.bias is not None) + after.out_features
-    room = budget - sum(p.numel() for p in model.parameters())
-    units = int(min(units, room // each))
-    if units < 1:
-        return
+    before: int = model.layers[layer].out_features
     model.eval()
     model.set_growing_layers(index=layer)
     model.init_computation()
@@ -191,3 +206,5 @@ def widen(
             found.append((float(losses(model.extended_forward).mean()), scale))
     model.set_scaling_factor(min(found)[1])
     model.apply_change()
+    after: int = model.layers[layer].out_features
+    return after - before

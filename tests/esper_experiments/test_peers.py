@@ -8,26 +8,38 @@ import torch
 from esper.config.base import ConfigError
 from esper.config.run import RunConfig
 from esper.evidence.records import Fingerprint
-from esper.trial import Trial, TrialSpec
+from esper.trial import Trial, TrialSpec, kept_events
 from esper_experiments.peers import GromoTrial, trial_of
 
 CONFIG = {
     "task": {"name": "spirals", "options": {"train_samples": 400, "held_out_samples": 200}},
     "host": {"name": "mlp", "options": {"hidden": [4, 4]}},
     "train": {"steps": 300, "batch_size": 64, "learning_rate": 0.01, "interval_steps": 50},
-    "growth": {"max_parameters": 80},
-    "controller": {"name": "gromo", "options": {"at_intervals": [1, 2, 3, 4], "count": 4}},
+    "follow": "other",
+    "controller": {"name": "gromo"},
 }
+SPAN = {"seeds_per_layer": 8, "geometry": "span"}
+SCHEDULE = {
+    **CONFIG,
+    "follow": None,
+    "lattice": [{"sites": "fc1->fc2", **SPAN}, {"sites": "fc2->out", **SPAN}],
+    "growth": {"training_intervals": 0, "stabilization_intervals": 0, "ramp_steps": 1,
+               "min_gain": None},
+    "controller": {"name": "schedule", "options": {
+        "blueprint": "mlp_relu", "at_intervals": [1, 3], "count": 6,
+    }},
+}  # fmt: skip
 
 
-def build(kind=None, **changes):
+def build(kind=None, followed=None, **changes):
     config = RunConfig.model_validate({**CONFIG, **changes})
     mark = Fingerprint(code_hash="", commit=None, versions={}, device="cpu")
-    return (kind or trial_of(config))(config, TrialSpec("gromo", 0, 3, 0, "", mark))
+    spec = TrialSpec("arm", 0, 3, 0, "", mark)
+    return (kind or trial_of(config))(config, spec, followed)
 
 
-def finished(**changes):
-    trial = build(**changes)
+def finished(followed=None, **changes):
+    trial = build(followed=followed, **changes)
     while not trial.done:
         trial.run_for(0.0)
     return trial.record()
@@ -51,11 +63,25 @@ def test_without_the_package_the_arm_is_refused(monkeypatch):
     [
         {"host": {"name": "mlp", "options": {"hidden": [4, 6]}}},
         {"lattice": [{"sites": "fc1", "seeds_per_layer": 2, "hidden": 2}]},
+        {"follow": None},
     ],
 )
 def test_a_network_that_gromo_cannot_take_over_is_refused(changes):
     with pytest.raises(ConfigError, match="must have a host 'mlp' with hidden layers of one width"):
         build(**changes)
+
+
+@pytest.fixture(scope="module")
+def other():
+    """What a scheduled arm of Esper's left."""
+    return finished(**SCHEDULE)
+
+
+def test_an_arm_that_widens_nothing_cannot_be_followed():
+    chunks = {"sites": "fc1", "seeds_per_layer": 2, "hidden": 2}
+    other = finished(**SCHEDULE | {"lattice": [chunks]})
+    with pytest.raises(ConfigError, match="'other' grew at 'fc1'; follow another"):
+        build(followed=other)
 
 
 class TestWithTheRealPackage:
@@ -69,23 +95,32 @@ class TestWithTheRealPackage:
         x, _ = theirs.trainer.data.test
         torch.testing.assert_close(theirs.trainer.model(x), ours.trainer.model(x))
 
-    def test_it_grows_at_its_times_within_the_budget_and_what_that_takes_is_counted(self):
-        record = finished()
-        parameters = record.curves["parameters"]
-        # a point is observed after growing; at the end nothing grows any more
-        assert parameters[0] > 42
-        assert parameters == sorted(parameters)
-        assert 70 < parameters[-1] <= 80
+    def test_it_grows_the_units_of_the_arm_it_follows_and_what_that_takes_is_counted(self, other):
+        record = finished(other)
+        theirs, ours = other.curves["parameters"], record.curves["parameters"]
+        # at once only what the statistics have rank for: two units in front of two outputs
+        assert 42 < ours[0] < theirs[0]
+        assert ours == sorted(ours)
+        assert ours[-1] > 100
         assert record.metrics["growth_flops"] > 0
         assert record.metrics["steps"] == 300
-        assert record.metrics["train_flops"] > finished(
-            controller={"name": "static"}
-        ).metrics["train_flops"]  # fmt: skip
+        bare = finished()
+        assert set(bare.curves["parameters"]) == {42.0}
+        assert record.metrics["train_flops"] > bare.metrics["train_flops"]
+        assert record.metrics["train_loss"] < bare.metrics["train_loss"]
 
-    def test_it_is_the_same_each_time(self):
-        one, again = finished(), finished()
+    def test_in_the_end_it_has_as_many_units(self, other):
+        trial = build(followed=other)
+        while not trial.done:
+            trial.run_for(0.0)
+        layers = trial.trainer.model.layers
+        wanted = [4 + sum(e.site.startswith(f"fc{k}") for e in kept_events(other)) for k in (1, 2)]
+        assert [layer.out_features for layer in layers[:-1]] == wanted
+
+    def test_it_keeps_to_the_budget(self, other):
+        parameters = finished(other, growth={"max_parameters": 90}).curves["parameters"]
+        assert 80 < parameters[-1] <= 90
+
+    def test_it_is_the_same_each_time(self, other):
+        one, again = finished(other), finished(other)
         assert one.curves["train_loss"] == again.curves["train_loss"]
-
-    def test_growing_helps(self):
-        grown, host = finished(), finished(controller={"name": "static"})
-        assert grown.metrics["train_loss"] < 0.9 * host.metrics["train_loss"]

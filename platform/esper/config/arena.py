@@ -184,6 +184,7 @@ def _sweep_of(
     data = base.model_dump() | {
         "name": f"{config.name}-{task}",
         "arms": arms,
+        "searches": {},
         "pairs": config.pairs,
         "question": question.model_dump(),
         "mlflow": config.mlflow.model_dump(),
