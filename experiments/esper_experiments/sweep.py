@@ -20,7 +20,7 @@ from esper.tracking.pictures import (
     growth_curves,
     lattice_over_time,
 )
-from esper.trial import Trial
+from esper_experiments.peers import trial_of
 from esper_experiments.plan import Planned, device_of, plan_trials, register, sweep_folder
 from esper_experiments.watcher import Watcher
 
@@ -109,7 +109,7 @@ def check(sweep: SweepConfig) -> None:
     for arm in sweep.arms:
         config: RunConfig = sweep.run_config(arm)
         try:
-            trial = Trial(config, TrialSpec(arm, 0, sweep.first_seed, 0, "", mark))
+            trial = trial_of(config)(config, TrialSpec(arm, 0, sweep.first_seed, 0, "", mark))
         except ConfigError as error:
             raise ConfigError(f"arm '{arm}'", error.problems) from None
         metrics = trial.metric_names()
@@ -277,14 +277,19 @@ def judge_records(
     return verdicts, summarise(records, registration)
 
 
+def curve_of(sweep: SweepConfig, records: list[TrialRecord]) -> str:
+    """The curve that shows the question's metric while training."""
+    metric = sweep.question.metric.replace("test_", "held_out_")
+    return metric if all(metric in r.curves for r in records) else "held_out_loss"
+
+
 def draw(
     sweep: SweepConfig, records: list[TrialRecord], verdicts: list[Verdict], folder: Path
 ) -> dict[str, Path]:
     """Growth curves, forest plot, and the treatment's lattice in its first pair."""
     target = folder / "pictures"
     target.mkdir(exist_ok=True)
-    metric = sweep.question.metric.replace("test_", "held_out_")
-    curve = metric if all(metric in r.curves for r in records) else "held_out_loss"
+    curve = curve_of(sweep, records)
     pictures = {
         "Growth curves": growth_curves(records, curve, target / "growth_curves.png"),
         "Final results": arms_overview(

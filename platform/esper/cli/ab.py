@@ -35,7 +35,7 @@ def run_ab(config: Path, json_file: Path | None) -> int:
     console.print(f"{len(sweep.arms)} arms x {sweep.pairs} pairs; checking, then starting Ray ...")
     from esper_experiments.sweep import run_sweep
 
-    watcher = _Progress(console, sweep)
+    watcher = SweepProgress(console, sweep)
     with watcher:
         result = run_sweep(sweep, watcher, command=f"esper ab {config}")
     show(console, sweep, result)
@@ -46,7 +46,7 @@ def run_ab(config: Path, json_file: Path | None) -> int:
     return 5 if result.verdicts[0].verdict == "UNHEALTHY" else 0
 
 
-class _Progress(Watcher):
+class SweepProgress(Watcher):
     """A bar with the time left on a terminal; one line a trial elsewhere."""
 
     def __init__(self, console: Console, sweep: SweepConfig) -> None:
@@ -60,7 +60,7 @@ class _Progress(Watcher):
         self._total = self._before = self._done = 0
         self._started = time.monotonic()
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "SweepProgress":
         if self._console.is_terminal:
             self._bar.start()
         return self

@@ -48,6 +48,27 @@ def ab(
 
 @app.command()
 @explained
+def arena(
+    config: Annotated[Path, typer.Argument(help="An arena: configs/arenas/growth.yaml.")],
+    pairs: Annotated[
+        int | None, typer.Option(min=2, max=64, help="Pairs of every task, in place of CONFIG's.")
+    ] = None,
+    json_file: JsonOption = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Put the report here.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Run methods against each other over tasks, and write one report with every verdict.
+
+    The same command continues an interrupted arena: finished trials are not run again.
+    """
+    from esper.cli.arena import run_arena_command
+
+    raise typer.Exit(run_arena_command(config, pairs, json_file, html_file))
+
+
+@app.command()
+@explained
 def run(
     config: Annotated[
         Path | None, typer.Argument(help="A run, such as configs/runs/spirals.yaml.")

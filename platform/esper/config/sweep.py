@@ -139,7 +139,7 @@ class SweepConfig(Config):
         return config
 
     def _merged(self, arm: str) -> dict[str, Any]:
-        return _merge(self.run, self.arms[arm])
+        return merge(self.run, self.arms[arm])
 
     @property
     def config_hash(self) -> str:
@@ -148,7 +148,7 @@ class SweepConfig(Config):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     """Mappings merge key by key; anything else is replaced.
 
     A plug-in with a new name starts with no options: another's mean nothing to it.
@@ -158,7 +158,7 @@ def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
             renamed = "name" in value and value["name"] != old.get("name")
-            merged[key] = value if renamed else _merge(old, value)
+            merged[key] = value if renamed else merge(old, value)
         else:
             merged[key] = value
     return merged
