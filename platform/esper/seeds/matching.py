@@ -149,21 +149,19 @@ def linear_unit(rows: Rows, *, tiny: bool) -> tuple[Units, Rows]:
     return units, replace(rows, source=rows.source - (rows.source @ unit) @ unit.T)
 
 
-def copied_unit(host: nn.Linear | None, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
+def copied_unit(host: nn.Linear, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A noisy copy of one of the host's own units: a control for matched units.
 
     After Chen et al., "Net2Net" (ICLR 2016), who also share the outgoing weights between the
     two; here those of the new unit begin at 0, as every seed's do.
 
     Args:
-        host: Whose rows are units; None: nothing to copy.
+        host: Whose rows are units.
         generator: CPU generator.
 
     Returns:
-        Incoming weights `[I, 1]` and bias `[1]`; None without a host.
+        Incoming weights `[I, 1]` and bias `[1]`.
     """
-    if host is None:
-        return None
     weight = host.weight.detach()
     at = int(torch.randint(len(weight), (), generator=generator))
     noise = torch.randn(weight.shape[1], generator=generator).to(weight)

@@ -41,6 +41,8 @@ _HANDLE = "_esper_lattice"
 DRIFT_SAMPLES = 4096
 # units of a span that are told apart in a report
 RANKED_UNITS = 8
+# units of a span that are chosen out of one draw of candidates
+UNITS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -205,8 +207,9 @@ class Lattice:
                 if t.action.site == site:
                     states[t.action.seed] = t.after
             self.layer(site).write_states(states)
+        matched = self._match_waves(transitions)
         for t in transitions:
-            self._enter(t)
+            self._enter(t, matched)
         for layer in self._layers():
             if layer.ramping.any():
                 layer.set_paces(self._signals, self.growth)
@@ -296,15 +299,15 @@ class Lattice:
     def _layers(self) -> list[KasminaLayer]:
         return [a.layer for a in self.attached.values()]
 
-    def _enter(self, transition: Transition) -> None:
+    def _enter(
+        self, transition: Transition, matched: dict[tuple[str, int], tuple[Tensor, Tensor]]
+    ) -> None:
         action, after = transition.action, transition.after
         layer = self.layer(action.site)
         layer.on_enter(action.seed, after, self._signals.loss)
         if after.stage is Stage.GERMINATED:
             generator = self._generator(action.site, action.seed)
-            units = None
-            if self.growth.initialisation != "random":
-                units = self._match(action.site, action.seed, after.blueprint_id, generator)
+            units = matched.get((action.site, action.seed))
             layer.initialise(action.seed, generator, units=units)
 
     def _require_measured(self, action: Germinate) -> None:
@@ -333,29 +336,54 @@ class Lattice:
             )
         return first
 
+    def _match_waves(
+        self, transitions: Sequence[Transition]
+    ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+        """Units for the new seeds that are not drawn, by site and seed; a whole wave at once."""
+        waves: dict[tuple[str, int], list[int]] = {}
+        for t in transitions:
+            kind = t.after.blueprint_id
+            new = t.after.stage is Stage.GERMINATED and self.growth.initialisation != "random"
+            # units of blueprints that mix them cannot be told apart, and are drawn
+            if new and BLUEPRINTS[tuple(BLUEPRINTS)[kind]].elementwise:
+                waves.setdefault((t.action.site, kind), []).append(t.action.seed)
+        return {
+            (site, seed): unit
+            for (site, kind), seeds in waves.items()
+            for seed, unit in self._match(site, seeds, kind)
+        }
+
     def _match(
-        self, site: str, seed: int, kind: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor] | None:
-        """Units for a new seed; None if its units cannot be told apart, which are drawn then."""
-        blueprint = BLUEPRINTS[tuple(BLUEPRINTS)[kind]]
-        if not blueprint.elementwise:
-            return None
-        if self.growth.initialisation == "net2net":
-            return copied_unit(self._host_units(site), generator)
-        layer, rows, phi = self.layer(site), self._measured[site], PHI[blueprint.phi]
+        self, site: str, seeds: list[int], kind: int
+    ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """Each seed with the incoming weights and biases of its units."""
+        layer, how = self.layer(site), self.growth.initialisation
+        if how == "net2net":
+            if host := self._host_units(site):
+                for seed in seeds:
+                    yield seed, copied_unit(host, self._generator(site, seed))
+            return
+        blueprint, rows = BLUEPRINTS[tuple(BLUEPRINTS)[kind]], self._measured[site]
+        phi = PHI[blueprint.phi]
         if layer.geometry == "chunk":
-            count = blueprint.hidden(layer.hidden)
-            units = chunk_units(rows, [seed], layer.num_seeds, phi, count, generator)
-            return units.w_in[0], units.bias[0]
-        if self.growth.initialisation != "matched":
-            tiny = self.growth.initialisation == "tiny"
-            units, self._measured[site] = linear_unit(rows, tiny=tiny)
-            return units.w_in[0], units.bias[0]
-        units = span_units(rows, phi, 1, generator, biased=layer.biased)
-        # the next seed of this wave is to find something else
-        hidden = phi(rows.source @ units.w_in[0] + units.bias[0])
-        self._measured[site] = without(rows, hidden)
-        return units.w_in[0], units.bias[0]
+            for seed in seeds:
+                count, generator = blueprint.hidden(layer.hidden), self._generator(site, seed)
+                units = chunk_units(rows, [seed], layer.num_seeds, phi, count, generator)
+                yield seed, (units.w_in[0], units.bias[0])
+        elif how != "matched":
+            for seed in seeds:
+                units, self._measured[site] = linear_unit(self._measured[site], tiny=how == "tiny")
+                yield seed, (units.w_in[0], units.bias[0])
+        else:
+            for first in range(0, len(seeds), UNITS_AT_ONCE):
+                some, rows = seeds[first : first + UNITS_AT_ONCE], self._measured[site]
+                generator = self._generator(site, some[0])
+                units = span_units(rows, phi, len(some), generator, biased=layer.biased)
+                # what comes next, of this wave or of another blueprint, is to find something else
+                hidden = phi(rows.source @ units.w_in[0] + units.bias[0])
+                self._measured[site] = without(rows, hidden)
+                for at, seed in enumerate(some):
+                    yield seed, (units.w_in[0, :, at : at + 1], units.bias[0, at : at + 1])
 
     def _room(self) -> bool:
         """Whether the limits leave room for a seed; places are not scored for nothing."""
