@@ -10,6 +10,7 @@ Source: Hu et al., "LoRA", ICLR 2022; Zhang et al., "AdaLoRA", ICLR 2023.
 
 import math
 import weakref
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -58,7 +59,8 @@ def add_adapter(model: nn.Module, adapter: Adapter) -> None:
         ValueError: If `peft` is not installed, or a target is no map of the model.
     """
     try:
-        import peft
+        # whether it is installed or not, no type is known of it
+        peft: Any = import_module("peft")
     except ImportError as error:
         raise ValueError(
             f"host.options.adapter must find the package peft, but: {error}; "

@@ -136,14 +136,19 @@ class CharGpt(Host):
             torch.set_float32_matmul_precision("high")
         model = Gpt(self, data.inputs, data.outputs)
         if self.pretrained is not None:
-            _load(model, self.pretrained)
+            load_weights(model, self.pretrained)
         model.requires_grad_(not self.frozen)
         if self.adapter is not None:
             add_adapter(model, self.adapter)
         return model
 
 
-def _load(model: nn.Module, folder: Path) -> None:
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Give a host without a lattice the weights of a checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint is of another host.
+    """
     _, tensors = read_checkpoint(folder)
     prefix = "model."
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
