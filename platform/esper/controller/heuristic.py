@@ -141,13 +141,16 @@ class HeuristicController:
 
     def _score(self, site: SiteReport, seed: int) -> float:
         """What a seed's place promises; the bottleneck for each parameter of the seed."""
-        name = self._options.score
+        relative = self._options.score == "relative_bottleneck"
+        name = "bottleneck" if relative else self._options.score
         score = float(getattr(site, name)[seed])
         if score != score:
             raise MissingMeasurementError(
                 f"{name} must be measured for seed {seed} of '{site.name}', but is not; "
                 + _HOW_TO_MEASURE[name]
             )
+        if relative:
+            score *= measured(site.variance[seed], "variance", site, seed)
         cost = site.seed_parameters[self._options.blueprint]
         return score / cost if name == "bottleneck" else score
 
@@ -166,9 +169,11 @@ class TamiyoOptions(GrowingOptions):
     min_improvement_frac: float = Field(
         0.02, ge=0, lt=1, description="Relative fall of the loss that counts as improvement."
     )
-    score: Literal["grad_energy", "bottleneck"] = Field(
-        "grad_energy", description="What a place is chosen by."
-    )
+    score: Literal["grad_energy", "bottleneck", "relative_bottleneck"] = Field(
+        "grad_energy", description="What a place is chosen by. The last is the bottleneck times "
+        "the variance of the site's output, for sites whose outputs differ in scale: what a "
+        "change in proportion to the output is worth.",
+    )  # fmt: skip
     trigger: Literal["plateau", "predicted_gain"] = Field(
         "plateau",
         description="When a wave begins: on a plateau of the training loss, or whenever one more "

@@ -65,6 +65,23 @@ def test_the_bottleneck_counts_for_each_parameter(make_report, make_site):
     assert germinated(actions) == [("a", 0), ("b", 0)]
 
 
+def test_a_relative_bottleneck_counts_by_the_scale_of_the_output(make_report, make_site):
+    small = make_site("a", bottleneck=[0.9, 0.1, 0.1, 0.1], variance=0.1)
+    large = make_site("b", bottleneck=[0.5, 0.1, 0.1, 0.1], variance=10.0)
+    first = []
+    for score in ("bottleneck", "relative_bottleneck"):
+        controller = tamiyo(patience_intervals=1, seeds_per_wave=1, score=score)
+        for interval in (1, 2):
+            actions = controller.decide(make_report(small, large, interval=interval))
+        first += germinated(actions)
+    assert first == [("a", 0), ("b", 0)]
+    controller = tamiyo(patience_intervals=1, score="relative_bottleneck")
+    unmeasured = make_site("a", bottleneck=0.5, variance=np.nan)
+    controller.decide(make_report(unmeasured, interval=1))
+    with pytest.raises(MissingMeasurementError, match="variance must be measured"):
+        controller.decide(make_report(unmeasured, interval=2))
+
+
 def test_a_bottleneck_that_was_not_measured_is_an_error(make_report, make_site):
     controller = tamiyo(patience_intervals=1, score="bottleneck")
     site = make_site("a", bottleneck=np.nan)
