@@ -1,4 +1,7 @@
-"""`esper ab`: progress while the sweep runs, then the table, the verdicts and where to look."""
+"""`esper ab`: progress while the sweep runs, then the table, the verdicts and where to look.
+
+`verify` judges a stored sweep again and starts nothing.
+"""
 
 import json
 import os
@@ -44,6 +47,36 @@ def run_ab(config: Path, json_file: Path | None) -> int:
         json_file.write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
         console.print(f"JSON: {json_file}")
     return 5 if result.verdicts[0].verdict == "UNHEALTHY" else 0
+
+
+def verify_ab(name: str, config: Path | None, runs: Path, json_file: Path | None) -> int:
+    """Print whether a stored sweep's verdicts follow from its records, and what differs.
+
+    Returns:
+        The exit code.
+    """
+    from esper.evidence.verify import find_sweep, verify
+
+    folder = find_sweep(name, runs)
+    result = verify(folder, load_sweep(config) if config else None)
+    print(f"{folder}: {result.records} records, registration {result.registration_hash}")
+    for verdict in result.verdicts:
+        print(f"  {verdict.verdict}  {verdict.treatment} against {verdict.control}")
+    for finding in result.findings:
+        print(f"  differs: {finding}")
+    if not result.sealed:
+        print("  no checksums are stored: an edit that changes no verdict would go unseen")
+    print("NOT VERIFIED" if result.findings else "verified: every verdict is the same, bit for bit")
+    if json_file is not None:
+        content = {
+            "folder": str(folder), "registration_hash": result.registration_hash,
+            "verified": not result.findings, "sealed": result.sealed,
+            "records": result.records, "findings": list(result.findings),
+            "verdicts": [v.model_dump(mode="json") for v in result.verdicts],
+        }  # fmt: skip
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 1 if result.findings else 0
 
 
 class _Progress(Watcher):
