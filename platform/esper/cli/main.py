@@ -43,7 +43,7 @@ class _ConfigFirst(TyperGroup):
 
 ab = typer.Typer(
     cls=_ConfigFirst, no_args_is_help=True, subcommand_metavar="CONFIG | COMMAND [ARGS]...",
-    help="Paired arms and a verdict: [bold]esper ab CONFIG[/] runs a sweep, verify checks one.",
+    help="Paired arms and a verdict: [bold]esper ab CONFIG[/] runs a sweep.",
 )  # fmt: skip
 app.add_typer(ab, name="ab")
 
@@ -89,6 +89,30 @@ def verify_ab(
     from esper.cli.ab import verify_ab
 
     raise typer.Exit(verify_ab(sweep, config, runs, json_file))
+
+
+@ab.command("plan")
+@explained
+def plan_ab(
+    effect: Annotated[
+        float | None, typer.Option(help="Mean gain to be found, in units of the metric.")
+    ] = None,
+    sd: Annotated[
+        float | None, typer.Option(help="Standard deviation of the paired differences.")
+    ] = None,
+    margin: Annotated[float | None, typer.Option(help="Equivalence margin.")] = None,
+    power: Annotated[float, typer.Option(help="Chance of finding what is there.")] = 0.9,
+    pilot: Annotated[
+        str | None,
+        typer.Option("--from", help="A finished sweep to take these and the guardrails from."),
+    ] = None,
+    runs: RunsFolder = RUNS,
+    json_file: JsonOption = None,
+) -> None:
+    """Say how many pairs an effect needs, and what numbers of pairs can see."""
+    from esper.cli.ab import plan_ab
+
+    plan_ab(effect, sd, margin, power, pilot, runs, json_file)
 
 
 @app.command()

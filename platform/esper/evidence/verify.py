@@ -8,7 +8,7 @@ number that it rests on; the checksums show an edit of all others.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -36,16 +36,16 @@ class Verification:
 
     Attributes:
         folder: Of the sweep.
-        registration_hash: As stored; None if it cannot be read.
-        records: Trial records that were read.
+        registration: As stored; None if it cannot be read.
+        records: The trials that were read, and what searches made of them.
         verdicts: Judged again, the primary one first; empty if nothing could be judged.
         sealed: Whether the folder has checksums, so that an edit of any file is seen.
         findings: What differs, is missing or does not belong here, as sentences; none: verified.
     """
 
     folder: Path
-    registration_hash: str | None
-    records: int
+    registration: Registration | None
+    records: tuple[TrialRecord, ...]
     verdicts: tuple[Verdict, ...]
     sealed: bool
     findings: tuple[str, ...]
@@ -115,16 +115,26 @@ def verify(folder: Path, sweep: SweepConfig | None = None) -> Verification:
         if record is not None:
             ran.append(record)
     ran.sort(key=lambda r: (r.arm, r.pair))
-    verdicts: list[Verdict] = []
+    records, verdicts = ran, list[Verdict]()
     if registration is not None and config is not None:
         sweep, config_hash = config
         findings += _registered(registration, sweep, config_hash, ran)
-        verdicts, differing = _judged(folder, sweep, registration, ran)
-        findings += differing
+        try:
+            records = [*ran, *search_records(ran, sweep.searches)]
+            verdicts = judge_all(
+                records,
+                registration,
+                dependent_arms=sweep.dependent_arms,
+                salted_arms=sweep.salted_arms,
+            )
+        except (KeyError, ValueError) as error:
+            findings.append(f"the records cannot be judged: {_short(error)}.")
+        else:
+            findings += _unequal(folder, verdicts)
     return Verification(
         folder=folder,
-        registration_hash=registration.registration_hash if registration else None,
-        records=len(ran),
+        registration=registration,
+        records=tuple(records),
         verdicts=tuple(verdicts),
         sealed=(folder / SEAL).exists(),
         findings=tuple(findings),
@@ -224,30 +234,14 @@ def _registered(
             )
 
 
-def _judged(
-    folder: Path, sweep: SweepConfig, registration: Registration, ran: list[TrialRecord]
-) -> tuple[list[Verdict], list[str]]:
-    """The verdicts judged again, and how the stored ones differ from them."""
-    try:
-        records = [*ran, *search_records(ran, sweep.searches)]
-        verdicts = judge_all(
-            records,
-            registration,
-            dependent_arms=sweep.dependent_arms,
-            salted_arms=sweep.salted_arms,
-        )
-    except (KeyError, ValueError) as error:
-        return [], [f"the records cannot be judged: {_short(error)}."]
-    findings: list[str] = []
-    names: set[str] = set()
-    for verdict in verdicts:
-        name = verdict_name(verdict)
-        names.add(name)
-        findings += _differences(folder / "verdicts" / name, verdict)
+def _unequal(folder: Path, verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """How the stored verdicts differ from those that were judged again."""
+    expected = {verdict_name(verdict): verdict for verdict in verdicts}
+    for name, verdict in expected.items():
+        yield from _differences(folder / "verdicts" / name, verdict)
     for path in sorted((folder / "verdicts").glob("*.json")):
-        if path.name not in names:
-            findings.append(f"verdicts/{path.name} is of no registered comparison.")
-    return verdicts, findings
+        if path.name not in expected:
+            yield f"verdicts/{path.name} is of no registered comparison."
 
 
 def verdict_name(comparison: Comparison | Verdict) -> str:

@@ -131,7 +131,7 @@ def test_an_untouched_sweep_is_verified(stored):
     result = verify(stored.folder)
     assert not result.findings
     assert result.sealed
-    assert result.records == 3 * PAIRS
+    assert len(result.records) == 4 * PAIRS
     assert result.verdicts == tuple(stored.verdicts)
     # healthy, so that the follower's exemption and the search were taken from config.json
     assert [v.verdict for v in result.verdicts] == ["WIN", "EQUIVALENT", "WIN"]
@@ -320,3 +320,12 @@ def test_verify_starts_neither_ray_nor_mlflow_nor_the_code_of_the_trials(stored)
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_takes_its_numbers_from_a_pilot_that_is_verified(stored):
+    done = esper("ab", "plan", "--from", stored.folder)
+    assert done.exit_code == 0, done.stderr
+    assert "score: effect 0.2165" in done.stdout
+    stored.edit("trials/host-003.json", r'"score": 0\.13', '"score": 0.14')
+    refused = esper("ab", "plan", "--from", stored.folder)
+    assert (refused.exit_code, "it must be verified" in refused.stderr) == (2, True)
