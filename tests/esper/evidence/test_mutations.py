@@ -164,7 +164,7 @@ def drop_collapsed(values_by_arm: dict, **_: object) -> dict:
 def test_the_real_judge_without_ranking_is_caught(plant, monkeypatch):
     sweeps = [
         plant({"t": t.tolist(), "c": c.tolist()})
-        for t, c in collapsing(np.random.default_rng(7), 150, 12)
+        for t, c in collapsing(np.random.default_rng(7), 100, 12)
     ]
     band = Band(len(sweeps))
     assert band.says(winners(sweeps, 0)) != "too many"
