@@ -147,6 +147,11 @@ def _require_one_config(folder: Path, given: SweepConfig | None) -> None:
         raise ConfigError(
             str(folder), ("it must be judged by its own configuration; leave out --config.",)
         )
+    unfinished = not (folder / SEAL).exists() and not any((folder / "verdicts").glob("*.json"))
+    if stored and unfinished:
+        raise ConfigError(
+            str(folder), ("it must be finished; the same esper ab CONFIG continues it.",)
+        )
     if not stored and given is None:
         raise ConfigError(str(folder), (
             f"it must hold {CONFIG} and {SEAL}, as a finished sweep does, but holds neither; "
@@ -174,7 +179,7 @@ def _read(path: Path, kind: type[R], findings: list[str]) -> R | None:
 
 
 def _short(error: Exception) -> str:
-    lines = str(error).splitlines()
+    lines = str(error.strerror if isinstance(error, OSError) else error).splitlines()
     return "; ".join(line.strip() for line in lines[:3]).rstrip(".:")
 
 

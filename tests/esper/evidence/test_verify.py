@@ -255,6 +255,13 @@ def test_an_older_sweep_is_judged_by_the_configuration_that_is_given(stored):
     assert any("was registered" in line for line in stored.findings(wrong))
 
 
+def test_an_unfinished_sweep_is_no_sweep_that_differs(stored):
+    (stored.folder / SEAL).unlink()
+    shutil.rmtree(stored.folder / "verdicts")
+    with pytest.raises(ConfigError, match="it must be finished; the same esper ab CONFIG"):
+        verify(stored.folder)
+
+
 def test_the_seal_is_one_that_other_tools_read(stored):
     lines = (stored.folder / SEAL).read_text().splitlines()
     assert len(lines) == 2 + 3 * PAIRS + 3
