@@ -13,6 +13,7 @@ from esper.environment import is_dirty
 from esper.evidence.records import Registration, TrialRecord, read_records, write_json
 from esper.evidence.search import search_records
 from esper.evidence.verdict import ArmSummary, Verdict, judge_all, summarise
+from esper.evidence.verify import seal, store_config, verdict_name
 from esper.tracking.mlflow_sink import MlflowSink
 from esper.tracking.pictures import (
     arms_overview,
@@ -140,6 +141,7 @@ def run_sweep(
     check(sweep)
     folder = sweep_folder(sweep, device_of(sweep))
     registration = register(sweep, folder)
+    store_config(sweep, folder)
     plan = plan_trials(sweep, registration)
     sink = _open_sink(sweep, registration, folder)
     before = read_records(folder)
@@ -254,8 +256,8 @@ def _conclude(
     records = [*ran, *search_records(ran, sweep.searches)]
     verdicts, arms = judge_records(sweep, registration, records)
     for verdict, comparison in zip(verdicts, sweep.question.comparisons, strict=True):
-        name = f"{comparison.treatment}-vs-{comparison.control}"
-        write_json(folder / "verdicts" / f"{name}.json", verdict)
+        write_json(folder / "verdicts" / verdict_name(comparison), verdict)
+    seal(folder)
     pictures = draw(sweep, ran, verdicts, folder)
     sink.flush()
     sink.log_verdicts(verdicts, arms, pictures, recompute=command)
@@ -267,12 +269,11 @@ def judge_records(
     sweep: SweepConfig, registration: Registration, records: list[TrialRecord]
 ) -> tuple[list[Verdict], dict[str, ArmSummary]]:
     """Verdicts and summaries from stored records: a pure function of them."""
-    configs = {arm: sweep.run_config(arm) for arm in sweep.arms}
     verdicts = judge_all(
         records,
         registration,
-        dependent_arms=frozenset(a for a, c in configs.items() if c.follow) | {*sweep.searches},
-        salted_arms=frozenset(a for a, c in configs.items() if c.seed_salt),
+        dependent_arms=sweep.dependent_arms,
+        salted_arms=sweep.salted_arms,
     )
     return verdicts, summarise(records, registration)
 

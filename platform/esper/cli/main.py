@@ -1,16 +1,17 @@
 """The typer application. Commands import what they need when they run: `--help` is instant.
 
-Exit codes: 0 done (whatever the verdict), 1 a check of `doctor` failed or two logs differ, 2 a
-wrong command line or configuration, 3 something this command needs is missing or cannot be
-reached, 4 trials are missing and the same command continues, 5 the verdict is UNHEALTHY, 130
-interrupted. `esper rollout step` and `esper gate` tell their decision instead: 0 ADVANCE, 10 HOLD,
-20 ROLLBACK, 30 INCONCLUSIVE.
+Exit codes: 0 done (whatever the verdict), 1 a check of `doctor` failed, two logs differ or a stored
+sweep is not what it was, 2 a wrong command line or configuration, 3 something this command needs is
+missing or cannot be reached, 4 trials are missing and the same command continues, 5 the verdict is
+UNHEALTHY, 130 interrupted. `esper rollout step` and `esper gate` tell their decision instead:
+0 ADVANCE, 10 HOLD, 20 ROLLBACK, 30 INCONCLUSIVE.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from esper.cli.errors import explained
 
@@ -20,8 +21,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Grow PyTorch networks while they train, and prove that the growth paid off.",
-    epilog="Exit codes: 0 done, 1 doctor found a failure or logs differ, 2 wrong command or "
-    "configuration, 3 something needed is missing, 4 trials missing (same command continues), "
+    epilog="Exit codes: 0 done, 1 doctor, log diff or ab verify found something, 2 wrong command "
+    "or configuration, 3 something needed is missing, 4 trials missing (same command continues), "
     "5 verdict UNHEALTHY, 130 interrupted. Rollout step and gate: 0 ADVANCE, 10 HOLD, 20 ROLLBACK, "
     "30 INCONCLUSIVE.",
 )
@@ -31,19 +32,87 @@ JsonOption = Annotated[
 ]
 
 
-@app.command()
+class _ConfigFirst(TyperGroup):
+    """A group whose command `run` needs no name: `esper ab CONFIG` is `esper ab run CONFIG`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Name the command where the user did not."""
+        named = not args or args[0] in self.commands or args[0] in ctx.help_option_names
+        return super().parse_args(ctx, args if named else ["run", *args])
+
+
+ab = typer.Typer(
+    cls=_ConfigFirst, no_args_is_help=True, subcommand_metavar="CONFIG | COMMAND [ARGS]...",
+    help="Paired arms and a verdict: [bold]esper ab CONFIG[/] runs a sweep.",
+)  # fmt: skip
+app.add_typer(ab, name="ab")
+
+
+@ab.command("run")
 @explained
-def ab(
+def run_ab(
     config: Annotated[Path, typer.Argument(help="A sweep: configs/sweeps/ab_spirals.yaml.")],
     json_file: JsonOption = None,
 ) -> None:
     """Run paired arms on Ray Tune, log them to MLflow, and print a verdict.
 
-    The same command continues an interrupted sweep: finished trials are not run again.
+    Its name may be left out. The same command continues an interrupted sweep: finished trials
+    are not run again.
     """
     from esper.cli.ab import run_ab
 
     raise typer.Exit(run_ab(config, json_file))
+
+
+RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder of all sweeps.", file_okay=False)]
+RUNS = Path("runs")
+
+
+@ab.command("verify")
+@explained
+def verify_ab(
+    sweep: Annotated[
+        str,
+        typer.Argument(help="A finished sweep: its folder, the folder's name, or its hash."),
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Its file, if it was stored without config.json and SHA256SUMS."),
+    ] = None,
+    runs: RunsFolder = RUNS,
+    json_file: JsonOption = None,
+) -> None:
+    """Judge a finished sweep again from its stored records, and compare bit for bit.
+
+    Exit code 1 if a verdict, a record or the registration is not what it was.
+    """
+    from esper.cli.ab import verify_ab
+
+    raise typer.Exit(verify_ab(sweep, config, runs, json_file))
+
+
+@ab.command("plan")
+@explained
+def plan_ab(
+    effect: Annotated[
+        float | None, typer.Option(help="Mean gain to be found, in units of the metric.")
+    ] = None,
+    sd: Annotated[
+        float | None, typer.Option(help="Standard deviation of the paired differences.")
+    ] = None,
+    margin: Annotated[float | None, typer.Option(help="Equivalence margin.")] = None,
+    power: Annotated[float, typer.Option(help="Chance of finding what is there.")] = 0.9,
+    pilot: Annotated[
+        str | None,
+        typer.Option("--from", help="A finished sweep to take these and the guardrails from."),
+    ] = None,
+    runs: RunsFolder = RUNS,
+    json_file: JsonOption = None,
+) -> None:
+    """Say how many pairs an effect needs, and what numbers of pairs can see."""
+    from esper.cli.ab import plan_ab
+
+    plan_ab(effect, sd, margin, power, pilot, runs, json_file)
 
 
 @app.command()

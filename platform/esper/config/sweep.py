@@ -142,10 +142,29 @@ class SweepConfig(Config):
         return merge(self.run, self.arms[arm])
 
     @property
+    def dependent_arms(self) -> frozenset[str]:
+        """Arms that cannot come in random order: they follow another one, or are computed."""
+        return frozenset(a for a in self.arms if self._merged(a).get("follow")) | {*self.searches}
+
+    @property
+    def salted_arms(self) -> frozenset[str]:
+        """Arms that add a salt to the pair's seed."""
+        return frozenset(a for a in self.arms if self._merged(a).get("seed_salt"))
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Everything that decides the result; not where it is stored."""
+        return self.model_dump(mode="json", exclude={"mlflow", "output_dir", "resources"})
+
+    @property
     def config_hash(self) -> str:
-        """sha256 of everything that decides the result; not of where it is stored."""
-        content = self.model_dump(mode="json", exclude={"mlflow", "output_dir", "resources"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """sha256 of `content`."""
+        return content_hash(self.content)
+
+
+def content_hash(content: dict[str, Any]) -> str:
+    """sha256 of a sweep's content, as it is or as it was stored."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:

@@ -84,12 +84,17 @@ class Registration(Record):
 
 
 def write_json(path: Path, record: BaseModel) -> None:
+    """Write a record atomically."""
+    write_text(path, record.model_dump_json(indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
     """Write atomically: readers see the old file or the whole new one, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(record.model_dump_json(indent=1))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
