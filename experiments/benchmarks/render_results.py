@@ -14,7 +14,7 @@ Rendered from the JSON files in this folder by `experiments/benchmarks/render_re
 written by `esper ab configs/sweeps/NAME.yaml --json docs/results/NAME.json`; the same command makes
 it again. Means are over pairs of random seeds; FLOPs and seconds of training include what growing
 took. Every sweep's file says what its arms are, and on which seeds its settings were chosen. In
-sweeps of commits before 3c466cb, the FLOPs of choosing matched units are missing (docs/log.md,
+sweeps of commits before 61de9e8, the FLOPs of choosing matched units are missing (docs/log.md,
 2026-11-23).
 """
 COLUMNS = ("arm", "mean", "sd", "worst", "parameters", "steps", "training MFLOP", "seconds")
