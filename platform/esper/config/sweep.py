@@ -42,6 +42,13 @@ class Question(Comparison):
     )
 
     @property
+    def goal(self) -> Guardrail:
+        """The question's own metric with its margin."""
+        return Guardrail(
+            metric=self.metric, margin=self.margin, higher_is_better=self.higher_is_better
+        )
+
+    @property
     def comparisons(self) -> tuple[Comparison, ...]:
         """The primary comparison first, then the secondary ones."""
         return (Comparison(treatment=self.treatment, control=self.control), *self.secondary)

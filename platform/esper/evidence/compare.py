@@ -98,12 +98,7 @@ def measure(
 ) -> Measured:
     """All numbers of a comparison whose records passed every health check."""
     question = registration.question
-    goal = Guardrail(
-        metric=question.metric,
-        margin=question.margin,
-        higher_is_better=question.higher_is_better,
-        relative=False,
-    )
+    goal = question.goal
     seed = _seed(registration)
     d = differences_of(records, registration, comparison, goal, question.margin)
     sides = one_sided(d, test=question.test, seed=seed)

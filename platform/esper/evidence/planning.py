@@ -15,7 +15,6 @@ import numpy as np
 from scipy import optimize
 from statsmodels.stats.power import TTestPower
 
-from esper.config.sweep import Guardrail
 from esper.evidence.compare import (
     ALPHA_GUARDRAIL,
     GuardrailResult,
@@ -105,12 +104,7 @@ def pilot(
     collapse rate is left out: its chances depend on what made the runs collapse.
     """
     question = registration.question
-    goal = Guardrail(
-        metric=question.metric,
-        margin=question.margin,
-        higher_is_better=question.higher_is_better,
-        relative=False,
-    )
+    goal = question.goal
     assumed = []
     for part in (goal, *(g for g in question.guardrails if g.metric != COLLAPSE)):
         margin = margin_of(records, question, part)

@@ -1,7 +1,6 @@
 """Changes of the file of flags: checked before, atomic, comments kept, each one recorded."""
 
 import io
-import os
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
+from esper.atomic import write_atomically
 from esper.config.base import read_yaml, validate
 from esper.release.audit import (
     Action,
@@ -98,7 +98,7 @@ def change_flag(
             "file_after": digest(new),
         }
         if at_once:
-            _replace(path, new)
+            write_atomically(path, new)
             try:
                 _settle(audit, path, old, accept=actor)
                 return audit.append(**entry)
@@ -108,7 +108,7 @@ def change_flag(
                 ) from None
         _settle(audit, path, old)
         record = audit.append(**entry)
-        _replace(path, new)
+        write_atomically(path, new)
         return record
 
 
@@ -219,18 +219,3 @@ def _parsed(path: Path, content: bytes) -> FlagFile:
         file.write(content)
         file.flush()
         return validate(FlagFile, read_yaml(Path(file.name)), source=str(path))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Readers see the old file or the whole new one, also after a crash."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, path.stat().st_mode & 0o777)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
