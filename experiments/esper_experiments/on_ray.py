@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 from esper.config.sweep import Resources
 from esper.environment import code_hash
 from esper.evidence.records import TrialRecord, write_json
-from esper.trial import Trial
+from esper_experiments.peers import trial_of
 from esper_experiments.plan import Planned, read_record, record_path
 
 # how much of a trial one call from the driver runs: long enough for calls to cost nothing, short
@@ -57,7 +57,7 @@ class TrialWorker(tune.Trainable):
                 f"{code_hash()[:12]}; install the same version on every node."
             )
         followed = planned.waits_for and read_record(self._folder, planned.waits_for)
-        self._trial = Trial(planned.config, planned.spec, followed or None)
+        self._trial = trial_of(planned.config)(planned.config, planned.spec, followed or None)
 
     def step(self) -> dict[str, Any]:
         """Run for a while; write the record when the trial is done."""

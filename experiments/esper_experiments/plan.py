@@ -71,7 +71,7 @@ def register(sweep: SweepConfig, folder: Path) -> Registration:
         config_hash=sweep.config_hash,
         question=sweep.question,
         pairs=sweep.pairs,
-        arms=list(sweep.arms),
+        arms=list(sweep.all_arms),
         fingerprint=Fingerprint(**fingerprint(device_of(sweep))),
         registered_at=datetime.now(UTC),
         registration_hash="",

@@ -11,7 +11,9 @@ from esper.config.run import RunConfig
 from esper.config.sweep import SweepConfig
 from esper.environment import is_dirty
 from esper.evidence.records import Registration, TrialRecord, read_records, write_json
+from esper.evidence.search import search_records
 from esper.evidence.verdict import ArmSummary, Verdict, judge_all, summarise
+from esper.evidence.verify import seal, store_config, verdict_name
 from esper.tracking.mlflow_sink import MlflowSink
 from esper.tracking.pictures import (
     arms_overview,
@@ -19,7 +21,7 @@ from esper.tracking.pictures import (
     growth_curves,
     lattice_over_time,
 )
-from esper.trial import Trial
+from esper_experiments.peers import trial_of
 from esper_experiments.plan import Planned, device_of, plan_trials, register, sweep_folder
 from esper_experiments.watcher import Watcher
 
@@ -108,7 +110,7 @@ def check(sweep: SweepConfig) -> None:
     for arm in sweep.arms:
         config: RunConfig = sweep.run_config(arm)
         try:
-            trial = Trial(config, TrialSpec(arm, 0, sweep.first_seed, 0, "", mark))
+            trial = trial_of(config)(config, TrialSpec(arm, 0, sweep.first_seed, 0, "", mark))
         except ConfigError as error:
             raise ConfigError(f"arm '{arm}'", error.problems) from None
         metrics = trial.metric_names()
@@ -139,6 +141,7 @@ def run_sweep(
     check(sweep)
     folder = sweep_folder(sweep, device_of(sweep))
     registration = register(sweep, folder)
+    store_config(sweep, folder)
     plan = plan_trials(sweep, registration)
     sink = _open_sink(sweep, registration, folder)
     before = read_records(folder)
@@ -249,12 +252,13 @@ def _conclude(
     timing: Timing,
     command: str,
 ) -> SweepResult:
-    records = read_records(folder)
+    ran = read_records(folder)
+    records = [*ran, *search_records(ran, sweep.searches)]
     verdicts, arms = judge_records(sweep, registration, records)
     for verdict, comparison in zip(verdicts, sweep.question.comparisons, strict=True):
-        name = f"{comparison.treatment}-vs-{comparison.control}"
-        write_json(folder / "verdicts" / f"{name}.json", verdict)
-    pictures = draw(sweep, records, verdicts, folder)
+        write_json(folder / "verdicts" / verdict_name(comparison), verdict)
+    seal(folder)
+    pictures = draw(sweep, ran, verdicts, folder)
     sink.flush()
     sink.log_verdicts(verdicts, arms, pictures, recompute=command)
     sink.finish("FINISHED")
@@ -265,14 +269,19 @@ def judge_records(
     sweep: SweepConfig, registration: Registration, records: list[TrialRecord]
 ) -> tuple[list[Verdict], dict[str, ArmSummary]]:
     """Verdicts and summaries from stored records: a pure function of them."""
-    configs = {arm: sweep.run_config(arm) for arm in sweep.arms}
     verdicts = judge_all(
         records,
         registration,
-        dependent_arms=frozenset(a for a, c in configs.items() if c.follow),
-        salted_arms=frozenset(a for a, c in configs.items() if c.seed_salt),
+        dependent_arms=sweep.dependent_arms,
+        salted_arms=sweep.salted_arms,
     )
     return verdicts, summarise(records, registration)
+
+
+def curve_of(sweep: SweepConfig, records: list[TrialRecord]) -> str:
+    """The curve that shows the question's metric while training."""
+    metric = sweep.question.metric.replace("test_", "held_out_")
+    return metric if all(metric in r.curves for r in records) else "held_out_loss"
 
 
 def draw(
@@ -281,8 +290,7 @@ def draw(
     """Growth curves, forest plot, and the treatment's lattice in its first pair."""
     target = folder / "pictures"
     target.mkdir(exist_ok=True)
-    metric = sweep.question.metric.replace("test_", "held_out_")
-    curve = metric if all(metric in r.curves for r in records) else "held_out_loss"
+    curve = curve_of(sweep, records)
     pictures = {
         "Growth curves": growth_curves(records, curve, target / "growth_curves.png"),
         "Final results": arms_overview(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +40,8 @@ from esper.training.trainer import BACK, CollapseError, Trainer
 M = TypeVar("M", bound=BaseModel)
 # two arms with different salts never share a seed
 SALT_STRIDE = 1_000_003
+# after its graft, a seed's gradient is watched for so many steps
+NEW_SEED_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,8 @@ class Trial:
 
     def _interval(self) -> None:
         report, collapse = None, None
+        # nothing is measured for a controller that will not germinate
+        self.trainer.measures = self.controller.may_grow(self.trainer.lattice.interval + 1)
         try:
             report = self.trainer.run_interval()
         except CollapseError as error:
@@ -213,12 +218,24 @@ class Trial:
             "active_seeds": self.trainer.lattice.count_awake(),
             "grad_norm": None if report is None else report.grad_norm,
             "host_drift_frac": None if report is None else report.host_drift_frac,
+            "new_seed_grad_ratio": None if report is None else self._insertion_health(report),
             "vetoes": len(self.controller.vetoes),
             "train_seconds": self.trainer.cost.seconds,
         }
         for name, value in point.items():
             # a value that was not measured is recorded as such, so that all curves have one length
             self.curves.setdefault(name, []).append(math.nan if value is None else float(value))
+
+    def _insertion_health(self, report: Report) -> float | None:
+        """Median gradient of seeds grafted at most 100 steps ago over the host's; None if none."""
+        newest = NEW_SEED_STEPS / self.config.train.interval_steps
+        ratios = [
+            float(site.grad_ratio[seed])
+            for site in report.sites
+            for seed in site.seeds_in(Stage.GRAFTING, Stage.FINE_TUNING)
+            if site.epochs[seed] <= newest and not math.isnan(site.grad_ratio[seed])
+        ]
+        return median(ratios) if ratios else None
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint from which `resume` goes on; a former one is replaced.

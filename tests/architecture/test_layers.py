@@ -10,11 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("kernels", "platform", "experiments", "serve_apps")
-LEAVES = ("esper.errors", "esper.registry", "esper.config", "esper.environment")
+LEAVES = ("esper.atomic", "esper.errors", "esper.registry", "esper.config", "esper.environment")
 LAYERS = (
     *("esper_kernels", "esper.seeds", "esper.surgery", "esper.training", "esper.controller"),
     # `esper` alone is the package root, which offers what stands before it
-    *("esper.evidence", "esper.trial", "esper.tracking", "esper"),
+    *("esper.evidence", "esper.release", "esper.trial", "esper.tracking", "esper"),
     *("esper_experiments", "esper_serve", "esper.cli", "esper_experiments.entry"),
     # scripts, no package: they import each other by bare name
     "benchmarks",

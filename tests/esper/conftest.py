@@ -11,12 +11,12 @@ from esper.seeds.state import Stage
 SITE_DEFAULTS = {
     "blueprint_id": 0, "epochs": 0, "graft_id": 0, "alpha": 0.0, "progress": 0.0,
     "grad_energy": 1.0, "bottleneck": 1.0, "silent_frac": 0.0, "variance": 1.0, "dead_frac": 0.0,
-    "explained_frac": 0.5, "graft_loss": 1.0, "gain": 0.1, "gain_se": 0.01,
+    "explained_frac": 0.5, "graft_loss": 1.0, "grad_ratio": 1.0, "gain": 0.1, "gain_se": 0.01,
 }  # fmt: skip
 INTS = ("stage", "blueprint_id", "epochs", "graft_id")
 
 
-def site_of(name="a", stage=(Stage.DORMANT,) * 4, geometry="chunk", **columns):
+def site_of(name="a", stage=(Stage.DORMANT,) * 4, geometry="chunk", unexplained=2.0, **columns):
     """A site; a column is one number for all seeds or one for each."""
     values = {"stage": stage, **SITE_DEFAULTS, **columns}
     arrays = {
@@ -24,7 +24,9 @@ def site_of(name="a", stage=(Stage.DORMANT,) * 4, geometry="chunk", **columns):
         for k, v in values.items()
     }
     costs = {n: 100 for n in BLUEPRINTS if geometry in BLUEPRINTS[n].geometries}
-    return SiteReport(name=name, geometry=geometry, seed_parameters=costs, **arrays)
+    return SiteReport(
+        name=name, geometry=geometry, seed_parameters=costs, unexplained=unexplained, **arrays
+    )
 
 
 def report_of(*sites, interval=1, loss=1.0, growth=None, parameters=1000, drift=0.0):

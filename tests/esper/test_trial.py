@@ -98,7 +98,7 @@ def test_a_whole_run_leaves_a_complete_record(controller):
     assert {len(c) for c in record.curves.values()} == {run.intervals} == {20}
     assert set(record.curves) == {
         "step", "train_loss", "held_out_loss", "held_out_accuracy", "parameters", "active_seeds",
-        "grad_norm", "host_drift_frac", "vetoes", "train_seconds",
+        "grad_norm", "host_drift_frac", "new_seed_grad_ratio", "vetoes", "train_seconds",
     }  # fmt: skip
     assert record.curves["step"] == [10.0 * i for i in range(1, 21)]
     assert math.isnan(record.curves["host_drift_frac"][0])
@@ -733,6 +733,13 @@ def test_a_controller_whose_memory_would_be_lost_is_refused(monkeypatch):
     monkeypatch.setitem(CONTROLLERS._items, "forgetful", Options)
     with pytest.raises(ConfigError, match=r"'forgetful': controller must define state_dict"):
         trial({"controller": {"name": "forgetful"}})
+
+
+def test_limits_and_measuring_mean_nothing_to_a_host_alone():
+    growth = {"max_parameters": 100, "max_active_seeds": 3, "measured_samples": 16}
+    _, record = finished({"lattice": [], "growth": growth})
+    assert record.status == "finished"
+    assert record.metrics["growth_flops"] == 0
 
 
 # the log

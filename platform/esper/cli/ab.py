@@ -1,4 +1,8 @@
-"""`esper ab`: progress while the sweep runs, then the table, the verdicts and where to look."""
+"""`esper ab`: progress while the sweep runs, then the table, the verdicts and where to look.
+
+`verify` judges a stored sweep again and `plan` says how many pairs a question needs; neither
+starts anything.
+"""
 
 import json
 import os
@@ -13,14 +17,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from esper.config.base import ConfigError
 from esper.config.sweep import SweepConfig, load_sweep
 from esper_experiments.watcher import Watcher
 
 if TYPE_CHECKING:
-    from esper.evidence.records import TrialRecord
+    from esper.evidence.records import Registration, TrialRecord
     from esper.evidence.verdict import Verdict
     from esper_experiments.sweep import SweepResult
 
+PLAN_LEGEND = """\
+WIN: chance at that effect. equivalent: chance of EQUIVALENT if there is no difference. Both from
+  {repetitions:,} simulated sweeps with normal differences, the sign-flip test and the whole rule.
+finds: smallest effect that WIN finds at this power. It and the needed pairs above come from
+  Student's t in closed form, with guardrails that are independent of one another.
+early, after: how often an e-process that may be looked at after every pair finds the effect, and
+  the mean number of pairs until it stops; simulated, and without the guardrails."""
 COLOURS = {"WIN": "green", "LOSE": "red", "EQUIVALENT": "cyan", "INCONCLUSIVE": "yellow"}
 
 
@@ -35,18 +47,140 @@ def run_ab(config: Path, json_file: Path | None) -> int:
     console.print(f"{len(sweep.arms)} arms x {sweep.pairs} pairs; checking, then starting Ray ...")
     from esper_experiments.sweep import run_sweep
 
-    watcher = _Progress(console, sweep)
+    watcher = SweepProgress(console, sweep)
     with watcher:
         result = run_sweep(sweep, watcher, command=f"esper ab {config}")
     show(console, sweep, result)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
+        _write_json(json_file, to_json(result))
         console.print(f"JSON: {json_file}")
     return 5 if result.verdicts[0].verdict == "UNHEALTHY" else 0
 
 
-class _Progress(Watcher):
+def verify_ab(name: str, config: Path | None, runs: Path, json_file: Path | None) -> int:
+    """Print whether a stored sweep's verdicts follow from its records, and what differs.
+
+    Returns:
+        The exit code.
+    """
+    from esper.evidence.verify import find_sweep, verify
+
+    folder = find_sweep(name, runs)
+    result = verify(folder, load_sweep(config) if config else None)
+    question = result.registration.registration_hash if result.registration else None
+    print(f"{folder}: {len(result.records)} records, registration {question}")
+    for verdict in result.verdicts:
+        print(f"  {verdict.verdict}  {verdict.treatment} against {verdict.control}")
+    for finding in result.findings:
+        print(f"  differs: {finding}")
+    if not result.sealed:
+        print("  no checksums are stored: an edit that changes no verdict would go unseen")
+    print("NOT VERIFIED" if result.findings else "verified: every verdict is the same, bit for bit")
+    if json_file is not None:
+        content = {
+            "folder": str(folder), "registration_hash": question,
+            "verified": not result.findings, "sealed": result.sealed,
+            "records": len(result.records), "findings": list(result.findings),
+            "verdicts": [v.model_dump(mode="json") for v in result.verdicts],
+        }  # fmt: skip
+        _write_json(json_file, content)
+    return 1 if result.findings else 0
+
+
+def plan_ab(
+    effect: float | None,
+    sd: float | None,
+    margin: float | None,
+    power: float,
+    from_folder: str | None,
+    runs: Path,
+    json_file: Path | None,
+) -> None:
+    """Print how many pairs a question needs, and what numbers of pairs can see.
+
+    Raises:
+        ConfigError: If too little is given, a number is out of range, or the pilot is unsound.
+    """
+    from esper.evidence.planning import (
+        REPETITIONS,
+        Assumed,
+        outlook,
+        pairs_to_equivalence,
+        pairs_to_win,
+        pilot,
+    )
+
+    if not 0 < power < 1:
+        raise ConfigError("--power", (f"it must be between 0 and 1, but got {power}.",))
+    goal, guardrails = None, list[Assumed]()
+    if from_folder is not None:
+        goal, guardrails = pilot(*_sound_pilot(from_folder, runs))
+    elif effect is None or sd is None:
+        raise ConfigError("the plan", ("give --effect and --sd, or --from a pilot's folder.",))
+    mean, spread, room = (
+        given if given is not None else known
+        for given, known in zip(
+            (effect, sd, margin),
+            (goal.mean, goal.sd, goal.margin) if goal else (None, None, None),
+            strict=True,
+        )
+    )
+    assert mean is not None
+    assert spread is not None
+    for option, value in (("--effect", mean), ("--sd", spread), ("--margin", room)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(option, (f"it must be a number above 0, but got {value:g}.",))
+    goal = Assumed(mean, spread, room, goal.name if goal else "metric")
+    win, same = pairs_to_win(goal, guardrails, power), None
+    print(f"{goal.name}: effect {mean:g} in pairs with an SD of {spread:g} ({goal.dz():.2f} SD)")
+    for g in guardrails:
+        print(f"guardrail {g.name}: mean {g.mean:+.4g}, SD {g.sd:.4g}, margin {g.margin:.4g}")
+    print(f"WIN needs {_pairs(win)} at power {power:g}")
+    if room is not None:
+        same = pairs_to_equivalence(Assumed(0.0, spread, room), power)
+        print(f"EQUIVALENT within {room:g} needs {_pairs(same)} if there is no difference")
+    rows = outlook(goal, guardrails, power=power)
+    head = ["pairs", "WIN", "equivalent", "finds", "early", "after"]
+    print("  ".join(f"{name:>10}" for name in head))
+    for row in rows:
+        cells = [
+            str(row.pairs), f"{row.win:.1%}",
+            "-" if row.equivalent is None else f"{row.equivalent:.1%}",
+            "-" if row.smallest_effect is None else f"{row.smallest_effect:.4g}",
+            f"{row.early_win:.1%}", f"{row.early_pairs:.1f}",
+        ]  # fmt: skip
+        print("  ".join(f"{cell:>10}" for cell in cells))
+    print(PLAN_LEGEND.format(repetitions=REPETITIONS))
+    if json_file is not None:
+        content = {
+            "goal": vars(goal), "guardrails": [vars(g) for g in guardrails], "power": power,
+            "pairs_to_win": win, "pairs_to_equivalence": same, "outlook": [vars(r) for r in rows],
+        }  # fmt: skip
+        _write_json(json_file, content)
+
+
+def _pairs(number: int | None) -> str:
+    return "more than 1,000 pairs" if number is None else f"{number} pairs"
+
+
+def _sound_pilot(name: str, runs: Path) -> "tuple[Sequence[TrialRecord], Registration]":
+    """The records of a stored sweep whose primary verdict is healthy and verified."""
+    from esper.evidence.verify import find_sweep, verify
+
+    result = verify(find_sweep(name, runs))
+    if result.findings or result.registration is None:
+        raise ConfigError(name, ("it must be verified; see what differs with: esper ab verify",))
+    if result.verdicts[0].verdict == "UNHEALTHY":
+        raise ConfigError(name, ("a pilot must be healthy.", *result.verdicts[0].reasons))
+    return result.records, result.registration
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+class SweepProgress(Watcher):
     """A bar with the time left on a terminal; one line a trial elsewhere."""
 
     def __init__(self, console: Console, sweep: SweepConfig) -> None:
@@ -60,7 +194,7 @@ class _Progress(Watcher):
         self._total = self._before = self._done = 0
         self._started = time.monotonic()
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "SweepProgress":
         if self._console.is_terminal:
             self._bar.start()
         return self

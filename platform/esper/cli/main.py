@@ -1,15 +1,17 @@
 """The typer application. Commands import what they need when they run: `--help` is instant.
 
-Exit codes: 0 done (whatever the verdict), 1 a check of `doctor` failed or two logs differ, 2 a
-wrong command line or configuration, 3 something this command needs is missing or cannot be
-reached, 4 trials are missing and the same command continues, 5 the verdict is UNHEALTHY, 130
-interrupted.
+Exit codes: 0 done (whatever the verdict), 1 a check of `doctor` failed, two logs differ or a stored
+sweep is not what it was, 2 a wrong command line or configuration, 3 something this command needs is
+missing or cannot be reached, 4 trials are missing and the same command continues, 5 the verdict is
+UNHEALTHY, 130 interrupted. `esper rollout step` and `esper gate` tell their decision instead:
+0 ADVANCE, 10 HOLD, 20 ROLLBACK, 30 INCONCLUSIVE.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from esper.cli.errors import explained
 
@@ -19,9 +21,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Grow PyTorch networks while they train, and prove that the growth paid off.",
-    epilog="Exit codes: 0 done, 1 doctor found a failure or logs differ, 2 wrong command or "
-    "configuration, 3 something needed is missing, 4 trials missing (same command continues), "
-    "5 verdict UNHEALTHY, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 doctor, log diff or ab verify found something, 2 wrong command "
+    "or configuration, 3 something needed is missing, 4 trials missing (same command continues), "
+    "5 verdict UNHEALTHY, 130 interrupted. Rollout step and gate: 0 ADVANCE, 10 HOLD, 20 ROLLBACK, "
+    "30 INCONCLUSIVE.",
 )
 
 JsonOption = Annotated[
@@ -29,19 +32,108 @@ JsonOption = Annotated[
 ]
 
 
-@app.command()
+class _ConfigFirst(TyperGroup):
+    """A group whose command `run` needs no name: `esper ab CONFIG` is `esper ab run CONFIG`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Name the command where the user did not."""
+        named = not args or args[0] in self.commands or args[0] in ctx.help_option_names
+        return super().parse_args(ctx, args if named else ["run", *args])
+
+
+ab = typer.Typer(
+    cls=_ConfigFirst, no_args_is_help=True, subcommand_metavar="CONFIG | COMMAND [ARGS]...",
+    help="Paired arms and a verdict: [bold]esper ab CONFIG[/] runs a sweep.",
+)  # fmt: skip
+app.add_typer(ab, name="ab")
+
+
+@ab.command("run")
 @explained
-def ab(
+def run_ab(
     config: Annotated[Path, typer.Argument(help="A sweep: configs/sweeps/ab_spirals.yaml.")],
     json_file: JsonOption = None,
 ) -> None:
     """Run paired arms on Ray Tune, log them to MLflow, and print a verdict.
 
-    The same command continues an interrupted sweep: finished trials are not run again.
+    Its name may be left out. The same command continues an interrupted sweep: finished trials
+    are not run again.
     """
     from esper.cli.ab import run_ab
 
     raise typer.Exit(run_ab(config, json_file))
+
+
+RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder of all sweeps.", file_okay=False)]
+RUNS = Path("runs")
+
+
+@ab.command("verify")
+@explained
+def verify_ab(
+    sweep: Annotated[
+        str,
+        typer.Argument(help="A finished sweep: its folder, the folder's name, or its hash."),
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Its file, if it was stored without config.json and SHA256SUMS."),
+    ] = None,
+    runs: RunsFolder = RUNS,
+    json_file: JsonOption = None,
+) -> None:
+    """Judge a finished sweep again from its stored records, and compare bit for bit.
+
+    Exit code 1 if a verdict, a record or the registration is not what it was.
+    """
+    from esper.cli.ab import verify_ab
+
+    raise typer.Exit(verify_ab(sweep, config, runs, json_file))
+
+
+@ab.command("plan")
+@explained
+def plan_ab(
+    effect: Annotated[
+        float | None, typer.Option(help="Mean gain to be found, in units of the metric.")
+    ] = None,
+    sd: Annotated[
+        float | None, typer.Option(help="Standard deviation of the paired differences.")
+    ] = None,
+    margin: Annotated[float | None, typer.Option(help="Equivalence margin.")] = None,
+    power: Annotated[float, typer.Option(help="Chance of finding what is there.")] = 0.9,
+    pilot: Annotated[
+        str | None,
+        typer.Option("--from", help="A finished sweep to take these and the guardrails from."),
+    ] = None,
+    runs: RunsFolder = RUNS,
+    json_file: JsonOption = None,
+) -> None:
+    """Say how many pairs an effect needs, and what numbers of pairs can see."""
+    from esper.cli.ab import plan_ab
+
+    plan_ab(effect, sd, margin, power, pilot, runs, json_file)
+
+
+@app.command()
+@explained
+def arena(
+    config: Annotated[Path, typer.Argument(help="An arena: configs/arenas/growth.yaml.")],
+    pairs: Annotated[
+        int | None, typer.Option(min=2, max=64, help="Pairs of every task, in place of CONFIG's.")
+    ] = None,
+    json_file: JsonOption = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Put the report here.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Run methods against each other over tasks, and write one report with every verdict.
+
+    The same command continues an interrupted arena: finished trials are not run again.
+    """
+    from esper.cli.arena import run_arena_command
+
+    raise typer.Exit(run_arena_command(config, pairs, json_file, html_file))
 
 
 @app.command()
@@ -133,3 +225,190 @@ def doctor(
     from esper.cli.doctor import doctor_command
 
     doctor_command(tracking_uri, json_file)
+
+
+flags = typer.Typer(no_args_is_help=True, help="Feature flags: who gets a new implementation.")
+app.add_typer(flags, name="flags")
+
+FlagsFile = Annotated[
+    Path, typer.Option("--file", help="The file of flags.", dir_okay=False, show_default=True)
+]
+Actor = Annotated[str | None, typer.Option(help="Who changes it; the user who is logged in.")]
+FLAGS = Path("configs/flags.yaml")
+
+
+@flags.command("list")
+@explained
+def list_flags(file: FlagsFile = FLAGS) -> None:
+    """Print one line a flag, and the hash that goes with metrics."""
+    from esper.cli.flags import show_flags
+
+    show_flags(file)
+
+
+@flags.command("explain")
+@explained
+def explain_flag(
+    name: Annotated[str, typer.Argument(help="The flag.")],
+    model: Annotated[str | None, typer.Option(help="Name of the model that asks.")] = None,
+    attributes: Annotated[
+        list[str] | None, typer.Option("--attribute", help="NAME=VALUE, for rules.")
+    ] = None,
+    file: FlagsFile = FLAGS,
+) -> None:
+    """Say whether a flag is on for a model, and why."""
+    from esper.cli.flags import explain_flag
+
+    explain_flag(file, name, model, attributes or ())
+
+
+@flags.command("validate")
+@explained
+def validate_flags(file: FlagsFile = FLAGS) -> None:
+    """Check the file, the process's variables and the record of changes.
+
+    Exit code 1 if a flag has expired, 2 if anything is wrong.
+    """
+    from esper.cli.flags import validate_flags
+
+    raise typer.Exit(0 if validate_flags(file) else 1)
+
+
+@flags.command("set")
+@explained
+def set_flag(
+    name: Annotated[str, typer.Argument(help="The flag.")],
+    reason: Annotated[str, typer.Option(help="Why; it goes into the record.")],
+    percent: Annotated[
+        str | None, typer.Option(help="Share of models, 0 to 100; none: no rollout.")
+    ] = None,
+    default: Annotated[
+        bool | None, typer.Option("--on/--off", help="Global on or off, without a rollout.")
+    ] = None,
+    kill: Annotated[
+        bool | None, typer.Option("--kill/--revive", help="Set or release the kill switch.")
+    ] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="On for this model.")] = None,
+    block: Annotated[list[str] | None, typer.Option(help="Off for this model.")] = None,
+    unlist: Annotated[list[str] | None, typer.Option(help="Take off both lists.")] = None,
+    actor: Actor = None,
+    file: FlagsFile = FLAGS,
+) -> None:
+    """Change a flag: checked first, atomic, comments kept, recorded."""
+    from esper.cli.flags import set_flag
+
+    fields = {"default": default, "killed": kill}
+    set_flag(
+        file, name, {k: v for k, v in fields.items() if v is not None}, percent=percent,
+        allow=allow or (), block=block or (), unlist=unlist or (), reason=reason, actor=actor,
+    )  # fmt: skip
+
+
+@flags.command("audit")
+@explained
+def audit_flags(
+    accept: Annotated[
+        str | None, typer.Option(metavar="REASON", help="Record that the file was edited by hand.")
+    ] = None,
+    actor: Actor = None,
+    file: FlagsFile = FLAGS,
+) -> None:
+    """Print every change of the flags; exit code 1 if the record was tampered with."""
+    from esper.cli.flags import show_audit
+
+    raise typer.Exit(0 if show_audit(file, accept, actor) else 1)
+
+
+rollout = typer.Typer(
+    no_args_is_help=True, help="Ramp a phase's flag up, judged interval by interval."
+)
+app.add_typer(rollout, name="rollout")
+
+MigrationFile = Annotated[
+    Path, typer.Option("--config", help="The migration's settings.", dir_okay=False)
+]
+MIGRATION = Path("configs/morphogenetic_migration.yaml")
+RolloutFolder = Annotated[Path, typer.Argument(help="Folder of the rollout.", file_okay=False)]
+
+
+@rollout.command("plan")
+@explained
+def plan_rollout(
+    phase: Annotated[int, typer.Argument(help="Number of the phase.")],
+    create: Annotated[
+        Path | None, typer.Option(help="New folder to write the plan into.", file_okay=False)
+    ] = None,
+    actor: Actor = None,
+    config: MigrationFile = MIGRATION,
+) -> None:
+    """Say what a rollout would do and how much evidence an interval needs; --create begins one."""
+    from esper.cli.rollout import plan_rollout
+
+    plan_rollout(config, phase, create, actor)
+
+
+@rollout.command("step")
+@explained
+def step_rollout(
+    folder: RolloutFolder,
+    evidence: Annotated[Path, typer.Argument(help="Measurements as JSON.", dir_okay=False)],
+    actor: Actor = None,
+) -> None:
+    """Judge one interval, store it, and move the flag; a rollback moves it at once."""
+    from esper.cli.rollout import step_rollout
+
+    raise typer.Exit(step_rollout(folder, evidence, actor))
+
+
+@rollout.command("status")
+@explained
+def show_rollout(folder: RolloutFolder) -> None:
+    """Print every verdict so far, and where the flag is."""
+    from esper.cli.rollout import show_rollout
+
+    show_rollout(folder)
+
+
+@rollout.command("replay")
+@explained
+def replay_rollout(folder: RolloutFolder) -> None:
+    """Judge all stored evidence again; exit code 1 if any verdict differs."""
+    from esper.cli.rollout import replay_rollout
+
+    raise typer.Exit(0 if replay_rollout(folder) else 1)
+
+
+@app.command("gate")
+@explained
+def gate_command(
+    phase: Annotated[int | None, typer.Option(help="Phase whose targets and gates count.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="What was measured, as JSON.", dir_okay=False)
+    ] = None,
+    rollout: Annotated[
+        Path | None, typer.Option(help="Rollout whose last evidence counts.", file_okay=False)
+    ] = None,
+    config: MigrationFile = MIGRATION,
+) -> None:
+    """Decide from stored evidence alone, and change nothing."""
+    from esper.cli.gate import gate
+
+    raise typer.Exit(gate(config, phase, measured, rollout))
+
+
+config = typer.Typer(no_args_is_help=True, help="Settings of the migration.")
+app.add_typer(config, name="config")
+
+
+@config.command("explain")
+@explained
+def explain_key(
+    key: Annotated[
+        str, typer.Argument(help="Such as policy.min_pairs, phases.1.targets, or flags.")
+    ],
+    config: MigrationFile = MIGRATION,
+) -> None:
+    """Print a setting's value and where it comes from: a line of a file, or a default."""
+    from esper.cli.config import explain_key
+
+    explain_key(config, key)

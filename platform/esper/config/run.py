@@ -54,19 +54,25 @@ class GrowthConfig(Config):
     """Times of the seed lifecycle, the gates' thresholds, and the limits the shield enforces."""
 
     objective: Literal["desired_update", "reconstruction"] = "desired_update"
-    initialisation: Literal["random", "matched", "gradmax", "tiny"] = Field(
+    initialisation: Literal["random", "matched", "gradmax", "tiny", "net2net"] = Field(
         "random",
         description="Incoming weights of a new seed: as of `nn.Linear`, or matched to what the "
         "network cannot express (needs measured_samples; blueprints that mix hidden units are "
-        "drawn all the same). The last two are published closed forms to compare with, for span "
-        "sites.",
+        "drawn all the same). The others are published ways to compare with, for span sites.",
     )
     measured_samples: NonNegativeInt = Field(
         0,
         description="Training samples on which the bottleneck is measured once an interval; 0: "
         "never.",
     )
-    training_intervals: PositiveInt = Field(1, description="Least intervals in TRAINING (G2).")
+    scored_blueprint: str = Field(
+        "mlp_relu",
+        description="Whose hidden units the bottleneck is measured with, whatever is germinated.",
+    )
+    training_intervals: NonNegativeInt = Field(
+        1, description="Least intervals in TRAINING (G2); 0: a seed is grafted at once, and learns "
+        "on the task from its first step.",
+    )  # fmt: skip
     min_explained_frac: float = Field(
         0.0, le=1, description="G2: least share of the isolated target that the seed explains."
     )
@@ -74,10 +80,19 @@ class GrowthConfig(Config):
         8, description="Intervals a gate may keep a seed waiting before it is culled."
     )
     ramp_steps: PositiveInt = Field(100, description="Optimizer steps for alpha 0 -> 1.")
-    stabilization_intervals: PositiveInt = 1
+    stabilization_intervals: NonNegativeInt = Field(
+        1, description="Intervals of rest between graft and evaluation (G4)."
+    )
     fine_tuning_intervals: PositiveInt = 10
     embargo_intervals: NonNegativeInt = Field(5, description="Rest of a culled slot (G1).")
-    min_gain: float = Field(0.0, description="G5: least held-out loss that a seed must save.")
+    min_gain: float | None = Field(
+        0.0, description="G5: least held-out loss that a seed must save; None: a seed need not "
+        "prove itself, and no pass and no interval are spent on it.",
+    )  # fmt: skip
+    gain_tolerance_se: float = Field(
+        0.0, description="G5: standard errors of the gain by which a seed may miss min_gain; "
+        "negative: by which it must pass it.",
+    )  # fmt: skip
     max_instability_frac: PositiveFloat = Field(
         0.5, description="G4: greatest relative rise of the training loss since grafting began."
     )
@@ -111,7 +126,7 @@ class GrowthConfig(Config):
 
     @model_validator(mode="after")
     def _measured(self) -> "GrowthConfig":
-        if self.initialisation != "random" and not self.measured_samples:
+        if self.initialisation not in ("random", "net2net") and not self.measured_samples:
             raise ValueError(
                 f"measured_samples must be at least 1 for initialisation '{self.initialisation}', "
                 "but got 0; a few hundred will do."

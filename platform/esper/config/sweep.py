@@ -42,9 +42,28 @@ class Question(Comparison):
     )
 
     @property
+    def goal(self) -> Guardrail:
+        """The question's own metric with its margin."""
+        return Guardrail(
+            metric=self.metric, margin=self.margin, higher_is_better=self.higher_is_better
+        )
+
+    @property
     def comparisons(self) -> tuple[Comparison, ...]:
         """The primary comparison first, then the secondary ones."""
         return (Comparison(treatment=self.treatment, control=self.control), *self.secondary)
+
+
+class Search(Config):
+    """An arm that nobody runs: successive halving over other arms, from their records.
+
+    Its result is the winner's, and it costs what the halving would have cost.
+    """
+
+    over: tuple[str, ...] = Field(min_length=2, description="Arms that are the candidates.")
+    metric: str = Field("held_out_loss", description="The curve by which candidates are kept.")
+    higher_is_better: bool = False
+    eta: int = Field(2, ge=2, description="One in so many candidates goes on.")
 
 
 class Resources(Config):
@@ -68,6 +87,7 @@ class SweepConfig(Config):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     run: dict[str, Any] = Field(description="The keys of a run; every arm starts from them.")
     arms: dict[str, dict[str, Any]] = Field(min_length=2, description="Overrides of each arm.")
+    searches: dict[str, Search] = Field({}, description="Further arms: searches over these arms.")
     pairs: int = Field(16, ge=2, le=64)
     first_seed: NonNegativeInt = 0
     question: Question
@@ -84,12 +104,25 @@ class SweepConfig(Config):
                     "for both; an A/A comparison needs two arms that are configured alike."
                 )
         for side in {s for c in self.question.comparisons for s in (c.treatment, c.control)}:
-            if side not in self.arms:
+            if side not in self.all_arms:
                 raise ValueError(
-                    f"question must compare arms of this sweep ({', '.join(self.arms)}), "
+                    f"question must compare arms of this sweep ({', '.join(self.all_arms)}), "
                     f"but got '{side}'; correct the name."
                 )
+        for name, search in self.searches.items():
+            if name in self.arms:
+                raise ValueError(f"searches must have names of their own, but '{name}' is an arm.")
+            if unknown := [arm for arm in search.over if arm not in self.arms]:
+                raise ValueError(
+                    f"searches.{name}.over must name arms ({', '.join(self.arms)}), "
+                    f"but got '{unknown[0]}'."
+                )
         return self
+
+    @property
+    def all_arms(self) -> tuple[str, ...]:
+        """The arms that are run, then those that are computed from them."""
+        return (*self.arms, *self.searches)
 
     def run_config(self, arm: str) -> RunConfig:
         """The configuration of one arm: the base run with the arm's overrides merged in.
@@ -113,16 +146,35 @@ class SweepConfig(Config):
         return config
 
     def _merged(self, arm: str) -> dict[str, Any]:
-        return _merge(self.run, self.arms[arm])
+        return merge(self.run, self.arms[arm])
+
+    @property
+    def dependent_arms(self) -> frozenset[str]:
+        """Arms that cannot come in random order: they follow another one, or are computed."""
+        return frozenset(a for a in self.arms if self._merged(a).get("follow")) | {*self.searches}
+
+    @property
+    def salted_arms(self) -> frozenset[str]:
+        """Arms that add a salt to the pair's seed."""
+        return frozenset(a for a in self.arms if self._merged(a).get("seed_salt"))
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Everything that decides the result; not where it is stored."""
+        return self.model_dump(mode="json", exclude={"mlflow", "output_dir", "resources"})
 
     @property
     def config_hash(self) -> str:
-        """sha256 of everything that decides the result; not of where it is stored."""
-        content = self.model_dump(mode="json", exclude={"mlflow", "output_dir", "resources"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """sha256 of `content`."""
+        return content_hash(self.content)
 
 
-def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+def content_hash(content: dict[str, Any]) -> str:
+    """sha256 of a sweep's content, as it is or as it was stored."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     """Mappings merge key by key; anything else is replaced.
 
     A plug-in with a new name starts with no options: another's mean nothing to it.
@@ -132,7 +184,7 @@ def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
             renamed = "name" in value and value["name"] != old.get("name")
-            merged[key] = value if renamed else _merge(old, value)
+            merged[key] = value if renamed else merge(old, value)
         else:
             merged[key] = value
     return merged

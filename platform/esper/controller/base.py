@@ -7,9 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 from pydantic import ValidationInfo, field_validator
 
 from esper.config.base import Config
+from esper.config.run import GrowthConfig
 from esper.registry import Registry, UnknownNameError
 from esper.seeds import gates
-from esper.seeds.actions import Action, Advance, Cull, Promote, Rollback
+from esper.seeds.actions import Action, Advance, Cull, Germinate, Promote, Rollback
 from esper.seeds.blueprints import BLUEPRINTS
 from esper.seeds.grafting import GRAFTS
 from esper.seeds.lifecycle import MOVES
@@ -39,6 +40,20 @@ class Remembering(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Remember what `state_dict` returned, and nothing else."""
         ...
+
+
+@runtime_checkable
+class Stopping(Protocol):
+    """What a controller has besides that knows when it will grow no more."""
+
+    def may_grow(self, interval: int) -> bool:
+        """Whether it may germinate at the end of this interval; if not, nothing is measured."""
+        ...
+
+
+def may_grow(controller: Controller, interval: int) -> bool:
+    """Whether new seeds must be reckoned with at the end of an interval."""
+    return not isinstance(controller, Stopping) or controller.may_grow(interval)
 
 
 class Stateless:
@@ -125,6 +140,13 @@ class GrowingOptions(ControllerOptions):
 CONTROLLERS: Registry[type[ControllerOptions]] = Registry("controller")
 
 
+def passable(growth: GrowthConfig, stage: Stage) -> bool:
+    """Whether a stage may take no time; in others something must be measured in it first."""
+    if stage is Stage.EVALUATING:
+        return growth.min_gain is None
+    return stage in (Stage.GERMINATED, Stage.TRAINING, Stage.STABILIZATION)
+
+
 def shepherd(report: Report) -> list[Action]:
     """Moves every awake seed along its life as the gates allow.
 
@@ -135,26 +157,43 @@ def shepherd(report: Report) -> list[Action]:
         action
         for site in report.sites
         for seed in site.seeds_in(*(set(Stage) - {Stage.DORMANT, Stage.FOSSILIZED}))
-        for action in _move(report, site, seed)
+        for action in _moves(report, site, seed)
     ]
 
 
-def _move(report: Report, site: SiteReport, seed: int) -> Iterator[Action]:
+def germinate(report: Report, action: Germinate) -> list[Action]:
+    """A germination, and what may follow in the same interval."""
+    if report.growth.training_intervals:
+        return [action]
+    after = report.after(action)
+    return [action, *_moves(after, after.site(action.site), action.seed)]
+
+
+def _moves(report: Report, site: SiteReport, seed: int) -> Iterator[Action]:
+    """The moves of one seed; a stage that needs no time is passed at once."""
+    while action := _move(report, site, seed):
+        yield action
+        if not passable(report.growth, MOVES[Stage(int(site.stage[seed])), type(action)]):
+            return
+        report = report.after(action)
+        site = report.site(site.name)
+
+
+def _move(report: Report, site: SiteReport, seed: int) -> Action | None:
     state = site.state(seed)
     if state.stage is Stage.GERMINATED:
-        yield Promote(site.name, seed, "a training slot is free")
-        return
-    if site.silent_frac[seed] == 1 and (state.stage, Cull) in MOVES:
-        yield Cull(site.name, seed, "dead: no hidden unit is active for any sample")
-        return
+        return Promote(site.name, seed, "a training slot is free")
+    if state.epochs and site.silent_frac[seed] == 1 and (state.stage, Cull) in MOVES:
+        return Cull(site.name, seed, "dead: no hidden unit is active for any sample")
     gate = gates.next_gate(report, site, seed)
     reason = f"{gate.name}: {gate.reason}"
     if gate.passed:
-        yield Advance(site.name, seed, reason)
-    elif state.stage is Stage.EVALUATING:
-        yield Cull(site.name, seed, reason)
-    elif state.epochs >= report.growth.patience_intervals:
+        return Advance(site.name, seed, reason)
+    if state.stage is Stage.EVALUATING:
+        return Cull(site.name, seed, reason)
+    if state.epochs >= report.growth.patience_intervals:
         if state.stage in (Stage.TRAINING, Stage.GRAFTING):
-            yield Cull(site.name, seed, f"gave up after {state.epochs} intervals; {reason}")
-        elif state.stage is Stage.STABILIZATION:
-            yield Rollback(site.name, seed, f"the host did not settle; {reason}")
+            return Cull(site.name, seed, f"gave up after {state.epochs} intervals; {reason}")
+        if state.stage is Stage.STABILIZATION:
+            return Rollback(site.name, seed, f"the host did not settle; {reason}")
+    return None

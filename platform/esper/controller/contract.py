@@ -157,7 +157,7 @@ def random_site(
         name=name,
         geometry=geometry,
         stage=stage,
-        blueprint_id=np.where(live, 1, 0).astype(np.int32),
+        blueprint_id=np.where(live, tuple(BLUEPRINTS).index("mlp_relu"), 0).astype(np.int32),
         epochs=rng.integers(0, 5, num_seeds, dtype=np.int32),
         graft_id=rng.integers(0, len(GRAFTS), num_seeds, dtype=np.int32),
         seed_parameters={
@@ -165,5 +165,6 @@ def random_site(
             for n in BLUEPRINTS
             if geometry in BLUEPRINTS[n].geometries
         },
+        unexplained=float(rng.random()),
         **measured,
     )

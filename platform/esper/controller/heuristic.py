@@ -1,8 +1,8 @@
 """Tamiyo, the heuristic: grow on a plateau, where the gradient asks for it most.
 
-It waits for a plateau of the training loss, then wakes the dormant seeds with the highest
-gradient energy, a few at a time, and lets each wave recover before the next. The gates decide
-about every seed's further life.
+It waits for a plateau of the training loss, or for a unit that promises enough, then wakes the
+dormant seeds with the highest score, a few at a time, and lets each wave recover before the
+next. The gates decide about every seed's further life.
 """
 
 from typing import Any, Literal
@@ -14,10 +14,11 @@ from esper.controller.base import (
     Controller,
     GrowingOptions,
     GrowthEvent,
+    germinate,
     shepherd,
 )
 from esper.seeds.actions import Action, Germinate
-from esper.seeds.gates import MissingMeasurementError, resources
+from esper.seeds.gates import MissingMeasurementError, measured, resources
 from esper.seeds.report import Report, SiteReport
 from esper.seeds.state import PIPELINE_STAGES, Stage
 
@@ -29,6 +30,9 @@ class HeuristicController:
         self._options = options
         self._best: float | None = None
         self._stale = 0
+        # held-out gain of the wave under way with its variance, and waves that did not pay
+        self._gain: tuple[float, float] | None = None
+        self._unpaid = 0
 
     def decide(self, report: Report) -> list[Action]:
         """Shepherds the awake seeds, and germinates a wave on a plateau.
@@ -37,19 +41,30 @@ class HeuristicController:
             MissingMeasurementError: If the report holds no training loss or no gradient.
         """
         actions: list[Action] = shepherd(report)
-        if self._plateau(report) and not self._busy(report) and self._in_time(report):
+        plateau = self._plateau(report)
+        self._judge_wave(report)
+        if self._busy(report) or not self.may_grow(report.interval):
+            return actions
+        if plateau if self._options.trigger == "plateau" else self._gains(report):
             wave = self._wave(report)
             self._stale = 0 if wave else self._stale
             actions += wave
         return actions
 
+    def may_grow(self, interval: int) -> bool:
+        """Until the last interval, or until waves do not pay any more."""
+        in_time = self._options.last_interval is None or interval <= self._options.last_interval
+        return in_time and self._unpaid < self._options.max_unpaid_waves
+
     def state_dict(self) -> dict[str, Any]:
-        """The best loss, and for how many intervals it has not been beaten."""
-        return {"best": self._best, "stale": self._stale}
+        """The best loss, since when it has not been beaten, and what the waves were worth."""
+        gain = None if self._gain is None else list(self._gain)
+        return {"best": self._best, "stale": self._stale, "gain": gain, "unpaid": self._unpaid}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Remember what `state_dict` returned."""
-        self._best, self._stale = state["best"], state["stale"]
+        self._best, self._stale, self._unpaid = state["best"], state["stale"], state["unpaid"]
+        self._gain = None if state["gain"] is None else tuple(state["gain"])
 
     def _plateau(self, report: Report) -> bool:
         if report.loss is None:
@@ -64,13 +79,41 @@ class HeuristicController:
             self._stale += 1
         return self._stale >= self._options.patience_intervals
 
+    def _gains(self, report: Report) -> bool:
+        """Whether one more unit somewhere would explain enough of what the loss wants there."""
+        shares = [
+            measured(site.bottleneck[seed], "bottleneck", site, seed) / site.unexplained
+            for site in report.sites
+            if resources(report, site, self._options.blueprint).passed and site.unexplained
+            for seed in site.seeds_in(Stage.DORMANT)[: 1 if site.geometry == "span" else None]
+        ]
+        return max(shares, default=0.0) >= self._options.min_predicted_frac
+
+    def _judge_wave(self, report: Report) -> None:
+        """The stopping rule: whether the wave that is through was worth what it cost.
+
+        The gains of a wave's seeds, each measured when it is evaluated, are added up, and so are
+        their variances. A wave whose sum is not clearly above 0 did not pay.
+        """
+        needed = self._options.min_wave_gain_se
+        if needed is None:
+            return
+        for site in report.sites:
+            for seed in site.seeds_in(Stage.EVALUATING):
+                gain, se = (
+                    measured(getattr(site, name)[seed], name, site, seed)
+                    for name in ("gain", "gain_se")
+                )
+                total, variance = self._gain or (0.0, 0.0)
+                self._gain = total + gain, variance + se * se
+        if self._gain is not None and not self._busy(report):
+            total, variance = self._gain
+            self._unpaid = 0 if total > needed * variance**0.5 else self._unpaid + 1
+            self._gain = None
+
     def _busy(self, report: Report) -> bool:
         """A wave recovers before the next: only fine-tuning and finished seeds may be awake."""
         return any(site.seeds_in(*PIPELINE_STAGES) for site in report.sites)
-
-    def _in_time(self, report: Report) -> bool:
-        last = self._options.last_interval
-        return last is None or report.interval <= last
 
     def _wave(self, report: Report) -> list[Action]:
         o = self._options
@@ -88,19 +131,26 @@ class HeuristicController:
             for seed in site.seeds_in(Stage.DORMANT)
         )
         return [
-            Germinate(name, seed, o.blueprint, o.graft, f"plateau; {o.score} {-score:.3g}")
+            action
             for score, name, seed in ranked[: o.seeds_per_wave]
+            for action in germinate(
+                report,
+                Germinate(name, seed, o.blueprint, o.graft, f"{o.trigger}; {o.score} {-score:.3g}"),
+            )
         ]
 
     def _score(self, site: SiteReport, seed: int) -> float:
         """What a seed's place promises; the bottleneck for each parameter of the seed."""
-        name = self._options.score
+        relative = self._options.score == "relative_bottleneck"
+        name = "bottleneck" if relative else self._options.score
         score = float(getattr(site, name)[seed])
         if score != score:
             raise MissingMeasurementError(
                 f"{name} must be measured for seed {seed} of '{site.name}', but is not; "
                 + _HOW_TO_MEASURE[name]
             )
+        if relative:
+            score *= measured(site.variance[seed], "variance", site, seed)
         cost = site.seed_parameters[self._options.blueprint]
         return score / cost if name == "bottleneck" else score
 
@@ -119,10 +169,30 @@ class TamiyoOptions(GrowingOptions):
     min_improvement_frac: float = Field(
         0.02, ge=0, lt=1, description="Relative fall of the loss that counts as improvement."
     )
-    score: Literal["grad_energy", "bottleneck"] = Field(
-        "grad_energy", description="What a place is chosen by."
+    score: Literal["grad_energy", "bottleneck", "relative_bottleneck"] = Field(
+        "grad_energy", description="What a place is chosen by. The last is the bottleneck times "
+        "the variance of the site's output, for sites whose outputs differ in scale: what a "
+        "change in proportion to the output is worth.",
+    )  # fmt: skip
+    trigger: Literal["plateau", "predicted_gain"] = Field(
+        "plateau",
+        description="When a wave begins: on a plateau of the training loss, or whenever one more "
+        "unit would explain enough of what the loss wants (needs growth.measured_samples).",
     )
+    min_predicted_frac: float = Field(
+        0.05, gt=0, lt=1, description="Share of the wanted change, beyond what the host can make, "
+        "that the best new unit must explain for the second trigger. Of n rows, the best of 64 "
+        "units explains about 8 / n by chance.",
+    )  # fmt: skip
     seeds_per_wave: PositiveInt = 2
+    min_wave_gain_se: float | None = Field(
+        None,
+        description="Stopping rule: standard errors by which the held-out gain of a wave must "
+        "exceed 0, or it did not pay; None: no rule.",
+    )
+    max_unpaid_waves: PositiveInt = Field(
+        1, description="Waves in a row that may not pay; after them growth stops for good."
+    )
     last_interval: PositiveInt | None = Field(
         None, description="No germination after this interval; None: until the end."
     )

@@ -10,6 +10,7 @@ from esper.controller.base import (
     Controller,
     GrowingOptions,
     GrowthEvent,
+    germinate,
     shepherd,
 )
 from esper.seeds.actions import Action, Germinate
@@ -36,8 +37,14 @@ class RandomController:
                 # free seeds of a span are interchangeable: the lowest keeps them compact
                 place = next(i for i, (site, _) in enumerate(free) if site is free[place][0])
             site, seed = free.pop(place)
-            actions.append(Germinate(site.name, seed, blueprint, self._graft, "random place"))
+            actions += germinate(
+                report, Germinate(site.name, seed, blueprint, self._graft, "random place")
+            )
         return actions
+
+    def may_grow(self, interval: int) -> bool:
+        """At its times."""
+        return interval in self._blueprints
 
     def state_dict(self) -> dict[str, Any]:
         """State of the generator of the places."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from esper.controller.base import Stateless
-from esper.seeds.actions import Action
+from esper.seeds.actions import Action, Germinate
 from esper.seeds.report import Report
 
 
@@ -20,3 +20,7 @@ class Replay(Stateless):
     def decide(self, report: Report) -> list[Action]:
         """What was done at the end of this interval."""
         return list(self._actions.get(report.interval, []))
+
+    def may_grow(self, interval: int) -> bool:
+        """Where the log germinated."""
+        return any(isinstance(a, Germinate) for a in self._actions.get(interval, []))

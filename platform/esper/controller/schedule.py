@@ -9,6 +9,7 @@ from esper.controller.base import (
     Controller,
     GrowingOptions,
     GrowthEvent,
+    germinate,
     shepherd,
 )
 from esper.seeds.actions import Action, Germinate
@@ -36,8 +37,13 @@ class ScheduleController:
             site = open_sites[self._turn % len(open_sites)]
             self._turn += 1
             o = self._options
-            actions.append(Germinate(site, free[site].pop(0), o.blueprint, o.graft, "on schedule"))
+            seed = free[site].pop(0)
+            actions += germinate(report, Germinate(site, seed, o.blueprint, o.graft, "on schedule"))
         return actions
+
+    def may_grow(self, interval: int) -> bool:
+        """At its times."""
+        return interval in self._options.at_intervals
 
     def state_dict(self) -> dict[str, Any]:
         """Whose turn it is."""

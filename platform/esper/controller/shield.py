@@ -1,9 +1,9 @@
 """The safety shield: lets through what is legal, affordable and earned, and says why not."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from esper.controller.base import Controller, memory_of, remind
+from esper.controller.base import Controller, may_grow, memory_of, passable, remind
 from esper.registry import UnknownNameError
 from esper.seeds import gates
 from esper.seeds.actions import Action, Advance, Cull, Germinate, Rollback
@@ -47,18 +47,24 @@ class Shield:
         allowed: list[Action] = []
         moved: set[tuple[str, int]] = set()
         for action in self._controller.decide(report):
-            reason = (
-                "the seed was moved in this interval already"
-                if (action.site, action.seed) in moved
-                else self._objection(report, action)
-            )
+            reason = self._objection(report, action)
+            if reason is None and (action.site, action.seed) in moved:
+                stage = Stage(int(report.site(action.site).stage[action.seed]))
+                if not passable(report.growth, stage):
+                    reason = "the seed was moved in this interval already"
             if reason is not None:
                 self.vetoes.append(Veto(report.interval, action, reason))
                 continue
             moved.add((action.site, action.seed))
             allowed.append(action)
-            report = self._account(report, action)
+            self._count(report, action)
+            # the next action meets the stages and the budget that this one leaves
+            report = report.after(action)
         return allowed
+
+    def may_grow(self, interval: int) -> bool:
+        """Whether the wrapped controller may germinate then."""
+        return may_grow(self._controller, interval)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped controller's memory, and everything of its own."""
@@ -126,17 +132,10 @@ class Shield:
         gate = gates.resources(report, site, action.blueprint)
         return None if gate.passed else f"G0 is shut: {gate.reason}"
 
-    def _account(self, report: Report, action: Action) -> Report:
-        """Count failures, and what a germination takes from the budget of the next."""
+    def _count(self, report: Report, action: Action) -> None:
+        """Failures in a row."""
         if isinstance(action, Cull | Rollback):
             self._failures += 1
         site = report.site(action.site)
         if isinstance(action, Advance) and site.stage[action.seed] == Stage.EVALUATING:
             self._failures = 0
-        if not isinstance(action, Germinate):
-            return report
-        stage = site.stage.copy()
-        stage[action.seed] = Stage.GERMINATED
-        sites = tuple(replace(s, stage=stage) if s is site else s for s in report.sites)
-        cost = site.seed_parameters[action.blueprint]
-        return replace(report, sites=sites, parameters=report.parameters + cost)

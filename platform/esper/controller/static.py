@@ -12,6 +12,10 @@ class StaticController:
         """No action."""
         return []
 
+    def may_grow(self, interval: int) -> bool:
+        """Never."""
+        return False
+
 
 @CONTROLLERS.register("static")
 class StaticOptions(ControllerOptions):

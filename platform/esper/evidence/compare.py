@@ -76,7 +76,7 @@ def worst_of(values: Floats, higher_is_better: bool) -> float | None:
     return float(finite.min() if higher_is_better else finite.max())
 
 
-def _differences(
+def differences_of(
     records: Sequence[TrialRecord],
     registration: Registration,
     comparison: Comparison,
@@ -98,14 +98,9 @@ def measure(
 ) -> Measured:
     """All numbers of a comparison whose records passed every health check."""
     question = registration.question
-    goal = Guardrail(
-        metric=question.metric,
-        margin=question.margin,
-        higher_is_better=question.higher_is_better,
-        relative=False,
-    )
+    goal = question.goal
     seed = _seed(registration)
-    d = _differences(records, registration, comparison, goal, question.margin)
+    d = differences_of(records, registration, comparison, goal, question.margin)
     sides = one_sided(d, test=question.test, seed=seed)
     equivalent = equivalence_p(d, question.margin, test=question.test, seed=seed)
     treatment, control = (values_of(records, a, question.metric) for a in sides_of(comparison))
@@ -132,19 +127,26 @@ def _seed(registration: Registration) -> int:
     return int(registration.registration_hash[:16], 16)
 
 
+def margin_of(
+    records: Sequence[TrialRecord], comparison: Comparison, guardrail: Guardrail
+) -> float:
+    """The tolerated worsening in units of the metric."""
+    if not guardrail.relative:
+        return guardrail.margin
+    control = values_of(records, comparison.control, guardrail.metric)
+    finite = control[np.isfinite(control)]
+    # without one control run that finished, no worsening can be put in relation to it
+    return guardrail.margin * (abs(float(finite.mean())) if finite.size else 0.0)
+
+
 def _guardrail(
     records: Sequence[TrialRecord],
     registration: Registration,
     comparison: Comparison,
     guardrail: Guardrail,
 ) -> GuardrailResult:
-    control = values_of(records, comparison.control, guardrail.metric)
-    margin = guardrail.margin
-    if guardrail.relative:
-        finite = control[np.isfinite(control)]
-        # without one control run that finished, no worsening can be put in relation to it
-        margin *= abs(float(finite.mean())) if finite.size else 0.0
-    d = _differences(records, registration, comparison, guardrail, margin)
+    margin = margin_of(records, comparison, guardrail)
+    d = differences_of(records, registration, comparison, guardrail, margin)
     room = shift(d, margin)
     p = one_sided(room, test=registration.question.test, seed=_seed(registration))
     # a worsening of exactly the margin in every pair, e.g. none at all with a margin of 0, has no

@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
-import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from esper.atomic import write_atomically
 from esper.config.sweep import Question
 
 
@@ -84,18 +83,14 @@ class Registration(Record):
 
 
 def write_json(path: Path, record: BaseModel) -> None:
+    """Write a record atomically."""
+    write_text(path, record.model_dump_json(indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
     """Write atomically: readers see the old file or the whole new one, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(record.model_dump_json(indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, text.encode("utf-8"))
 
 
 def read_records(folder: Path) -> list[TrialRecord]:

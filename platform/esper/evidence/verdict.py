@@ -127,10 +127,11 @@ class ArmSummary(Record):
 
 
 class HolmAdjusted(NamedTuple):
-    """P-values of a secondary comparison after Holm's correction, and the size of the family."""
+    """P-values of a comparison after Holm's correction, and the family: its size, what it is of."""
 
     p: PValues
     family: int
+    of: str = "secondary comparisons"
 
 
 @dataclass(frozen=True)
@@ -430,7 +431,7 @@ def _reasons(m: Measured, registration: Registration, adjusted: HolmAdjusted | N
     ]
     if adjusted:
         reasons.append(
-            f"Holm's correction over {adjusted.family} secondary comparisons gives "
+            f"Holm's correction over {adjusted.family} {adjusted.of} gives "
             f"{adjusted.p.better:.3g}, {adjusted.p.worse:.3g} and {adjusted.p.equivalent:.3g}."
         )
         if adjusted.family * 0.5**n > ALPHA:

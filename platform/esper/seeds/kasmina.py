@@ -24,7 +24,7 @@ from esper.config.run import GrowthConfig
 from esper.seeds import optimizer_guard, telemetry
 from esper.seeds.blueprints import BLUEPRINTS, Blueprint, Geometry
 from esper.seeds.grafting import GRAFTS, GraftSignals
-from esper.seeds.local_rows import local_rows
+from esper.seeds.local_rows import local_rows, whole
 from esper.seeds.state import (
     AWAKE_STAGES,
     BLUEPRINT,
@@ -525,15 +525,37 @@ class KasminaLayer(nn.Module):
         awake = torch.isin(self.state[:, STAGE].cpu(), torch.tensor(sorted(AWAKE_STAGES)))
         if source is None:
             return found
-        for seed in (awake & (self.hidden_used.cpu() > 0)).nonzero()[:, 0].tolist():
+        seeds = (awake & (self.hidden_used.cpu() > 0)).nonzero()[:, 0]
+        if self.geometry == "span":
+            # all units of one function at once: there may be thousands
+            codes = self.phi.cpu()[seeds]
+            for code in codes.unique().tolist():
+                some = seeds[codes == code].to(source.device)
+                z = source @ self.w_in[some].float().T + self.bias[some].float()
+                found[some.cpu()] = (PHI[code](z) == 0).all(0).float().cpu()
+            return found
+        for seed in seeds.tolist():
             used, code = int(self.hidden_used[seed]), int(self.phi[seed])
-            if self.geometry == "span":
-                z = source @ self.w_in[seed, :, None].float() + self.bias[seed].float()
-            else:
-                read = source[:, seed * self.fan_in : (seed + 1) * self.fan_in]
-                z = (read @ self.w_in[seed].float() + self.bias[seed].float())[:, :used]
+            read = source[:, seed * self.fan_in : (seed + 1) * self.fan_in]
+            z = (read @ self.w_in[seed].float() + self.bias[seed].float())[:, :used]
             found[seed] = (PHI[code](z) == 0).all(0).float().mean().cpu()
         return found
+
+    def grad_rms(self) -> Tensor:
+        """Root mean square gradient of each seed's parameters at the last step, `[S]`, on the CPU.
+
+        NaN for seeds that do not learn on the task, and for all before the first step.
+        """
+        found = torch.full((self.num_seeds,), math.nan)
+        grads = [w.grad for w in self.pool() if w.grad is not None]
+        learns = (self.learning == TASK).cpu()
+        if not grads or not learns.any():
+            return found
+        squares = torch.stack(
+            [whole(g).float().square().reshape(len(g), -1).sum(1) for g in grads]
+        ).sum(0)
+        used = sum(w[0].numel() for w in self._weights() if w.requires_grad)
+        return torch.where(learns, (squares / used).sqrt().cpu(), found)
 
     def seed_parameters(self, blueprint: Blueprint) -> int:
         """Parameters of one seed of that blueprint on this site."""

@@ -42,6 +42,15 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:
     return local, slice(start, start + len(local))
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all shards of a sharded one, so that every process decides alike."""
+    if not is_distributed(tensor):
+        return tensor
+    sharded: Any = tensor
+    together: Tensor = sharded.full_tensor()
+    return together
+
+
 def is_distributed(tensor: Tensor) -> bool:
     """True for a DTensor; without loading `torch.distributed` for those who do not use it."""
     module = sys.modules.get("torch.distributed.tensor")

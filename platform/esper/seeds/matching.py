@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Function = Callable[[Tensor], Tensor]
 
@@ -33,6 +33,8 @@ WEIGHT_NORM = 2 / 3**0.5
 RIDGE_FRAC = 1e-3
 # of the largest singular value: what varies less is not counted as known
 CUT_FRAC = 0.03
+# standard deviation of a copied unit's noise over that of the host's weights
+COPY_NOISE_FRAC = 0.1
 # numbers of the largest tensor that is made at once
 BLOCK_NUMBERS = 2**24
 
@@ -147,6 +149,27 @@ def linear_unit(rows: Rows, *, tiny: bool) -> tuple[Units, Rows]:
     return units, replace(rows, source=rows.source - (rows.source @ unit) @ unit.T)
 
 
+def copied_unit(host: nn.Linear, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A noisy copy of one of the host's own units: a control for matched units.
+
+    After Chen et al., "Net2Net" (ICLR 2016), who also share the outgoing weights between the
+    two; here those of the new unit begin at 0, as every seed's do.
+
+    Args:
+        host: Whose rows are units.
+        generator: CPU generator.
+
+    Returns:
+        Incoming weights `[I, 1]` and bias `[1]`.
+    """
+    weight = host.weight.detach()
+    at = int(torch.randint(len(weight), (), generator=generator))
+    noise = torch.randn(weight.shape[1], generator=generator).to(weight)
+    w = weight[at] + COPY_NOISE_FRAC * weight.std() * noise
+    bias = weight.new_zeros(1) if host.bias is None else host.bias.detach()[at : at + 1].clone()
+    return w[:, None], bias
+
+
 def chunk_units(
     rows: Rows, seeds: list[int], num_seeds: int, phi: Function, count: int,
     generator: torch.Generator,
@@ -242,4 +265,11 @@ def _scaled(read: Tensor, directions: Tensor, generator: torch.Generator) -> tup
 
 def without(rows: Rows, features: Tensor) -> Rows:
     """The rows when some features `[T, n]` can be weighed as well."""
-    return replace(rows, known=torch.cat([rows.known, features], 1))
+    more = replace(rows, known=torch.cat([rows.known, features], 1))
+    if features.shape[1] == 1:
+        # one more direction needs no new decomposition, which would take longer than all the rest
+        left = rows.unexplained(rows.unexplained(features))
+        grown = left.norm() > CUT_FRAC * features.norm()
+        new = left / left.norm() if grown else left[:, :0]
+        more.__dict__["basis"] = torch.cat([rows.basis, new], 1)
+    return more

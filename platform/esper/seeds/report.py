@@ -1,13 +1,15 @@
 """What a lattice tells its controller once an interval."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from esper.config.run import GrowthConfig
-from esper.seeds.blueprints import Geometry
+from esper.seeds.actions import Action
+from esper.seeds.blueprints import BLUEPRINTS, Geometry
+from esper.seeds.lifecycle import advance
 from esper.seeds.state import AWAKE_STAGES, SeedState, Stage
 
 Ints = NDArray[np.int32]
@@ -40,9 +42,15 @@ class SiteReport:
         dead_frac: Share of the seed's activations with |x| < 1e-6.
         explained_frac: Share of the isolated target that the seed explains; at most 1.
         graft_loss: Training loss when the seed's grafting began.
+        grad_ratio: Root mean square gradient of the seed's parameters at the last step, over that
+            of the host's at the site's modules; of seeds that learn on the task, where both have
+            one. A new seed far below 1 starves, far above 1 it drowns the host.
         gain: Held-out loss without the seed minus with it, in units of the loss.
         gain_se: Standard error of `gain`; NaN if the evaluation gave one number only.
         seed_parameters: Parameters of one seed by blueprint, for those that fit the site.
+        unexplained: Mean over the samples of the squared change of the site's output that the loss
+            wants and the host's own weights cannot make: what a bottleneck is a part of. NaN if
+            the interval was not measured.
     """
 
     name: str
@@ -60,9 +68,11 @@ class SiteReport:
     dead_frac: Floats
     explained_frac: Floats
     graft_loss: Floats
+    grad_ratio: Floats
     gain: Floats
     gain_se: Floats
     seed_parameters: Mapping[str, int]
+    unexplained: float
 
     def state(self, seed: int) -> SeedState:
         """The state of one seed."""
@@ -123,3 +133,32 @@ class Report:
     def active_seeds(self) -> int:
         """Seeds that are awake, over all sites."""
         return sum(len(site.seeds_in(*AWAKE_STAGES)) for site in self.sites)
+
+    def after(self, action: Action) -> "Report":
+        """This report as if the action had been applied: stages and parameters, no measurement.
+
+        Raises:
+            KeyError: If there is no such site.
+            IllegalTransitionError: If the seed's stage does not allow the action.
+        """
+        site, at = self.site(action.site), action.seed
+        before = site.state(at)
+        state = advance(before, action)
+        woken = (state.stage in AWAKE_STAGES) - (before.stage in AWAKE_STAGES)
+        kind = (state if woken > 0 else before).blueprint_id
+        cost = woken and woken * site.seed_parameters[tuple(BLUEPRINTS)[kind]]
+        changed = replace(
+            site,
+            stage=_with(site.stage, at, state.stage),
+            blueprint_id=_with(site.blueprint_id, at, state.blueprint_id),
+            epochs=_with(site.epochs, at, state.epochs),
+            graft_id=_with(site.graft_id, at, state.graft_id),
+        )
+        sites = tuple(changed if s is site else s for s in self.sites)
+        return replace(self, sites=sites, parameters=self.parameters + cost)
+
+
+def _with(values: Ints, at: int, value: int) -> Ints:
+    changed = values.copy()
+    changed[at] = value
+    return changed

@@ -7,8 +7,6 @@ checkpoint valid. A crash at any moment leaves the old or the new one. Nothing i
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
+
+from esper.atomic import write_atomically
 
 FORMAT = "esper-checkpoint"
 VERSION = 1
@@ -50,8 +50,8 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], content: dict[str
     }
     manifest["manifest_sha256"] = _hash_json(manifest)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / str(manifest["tensors"]), payload)
-    _write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_atomically(folder / str(manifest["tensors"]), payload)
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     for old in folder.iterdir():
         if old.name not in (manifest["tensors"], MANIFEST) and _is_leftover(old):
             old.unlink()
@@ -136,22 +136,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _hash_json(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    # the new name itself must be on the disk before the next step relies on it
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -6,11 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, get_args
+from typing import get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,11 +18,12 @@ from esper.seeds.blueprints import BLUEPRINTS, Geometry
 from esper.seeds.grafting import GRAFTS, GraftSignals
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.lifecycle import Transition, advance
-from esper.seeds.local_rows import is_distributed
+from esper.seeds.local_rows import whole
 from esper.seeds.matching import (
     SCORED_CANDIDATES,
     Rows,
     chunk_units,
+    copied_unit,
     linear_unit,
     span_units,
     without,
@@ -40,10 +39,10 @@ Evaluate = Callable[[], Tensor | float]
 _HANDLE = "_esper_lattice"
 # weights of each host tensor that the drift is measured on
 DRIFT_SAMPLES = 4096
-# whose hidden units the bottleneck is measured with, whatever a controller then germinates
-SCORED_BLUEPRINT = "mlp_relu"
 # units of a span that are told apart in a report
 RANKED_UNITS = 8
+# units of a span that are chosen out of one draw of candidates
+UNITS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,9 @@ class Lattice:
         self.interval += 1
         for layer in self._layers():
             layer.state[:, EPOCHS] += layer.state[:, STAGE] != Stage.DORMANT
+        room = self._room()
         sites = tuple(
-            self._site_report(name, a.layer, evaluate, held_out)
+            self._site_report(name, a.layer, evaluate, held_out, scored=room)
             for name, a in self.attached.items()
         )
         grad_norm = self._grad_norm()
@@ -207,8 +207,9 @@ class Lattice:
                 if t.action.site == site:
                     states[t.action.seed] = t.after
             self.layer(site).write_states(states)
+        matched = self._match_waves(transitions)
         for t in transitions:
-            self._enter(t)
+            self._enter(t, matched)
         for layer in self._layers():
             if layer.ramping.any():
                 layer.set_paces(self._signals, self.growth)
@@ -219,6 +220,8 @@ class Lattice:
         """The transitions that `apply` would make; raises what it would raise."""
         states = {name: a.layer.states() for name, a in self.attached.items()}
         transitions = []
+        # read from the device once, not once an action
+        steps = self.steps
         for action in actions:
             layer = self.layer(action.site)
             if not 0 <= action.seed < layer.num_seeds:
@@ -232,7 +235,7 @@ class Lattice:
                 BLUEPRINTS[action.blueprint].require(layer.geometry, layer.hidden)
                 self._require_measured(action)
             states[action.site][action.seed] = after
-            transitions.append(Transition(self.interval, self.steps, action, before, after))
+            transitions.append(Transition(self.interval, steps, action, before, after))
         grafts = [GRAFTS[name] for name in GRAFTS]
         for state in (s for rows in states.values() for s in rows if s.stage is Stage.GRAFTING):
             grafts[state.graft_id].pace(self._signals, self.growth)
@@ -296,19 +299,19 @@ class Lattice:
     def _layers(self) -> list[KasminaLayer]:
         return [a.layer for a in self.attached.values()]
 
-    def _enter(self, transition: Transition) -> None:
+    def _enter(
+        self, transition: Transition, matched: dict[tuple[str, int], tuple[Tensor, Tensor]]
+    ) -> None:
         action, after = transition.action, transition.after
         layer = self.layer(action.site)
         layer.on_enter(action.seed, after, self._signals.loss)
         if after.stage is Stage.GERMINATED:
             generator = self._generator(action.site, action.seed)
-            units = None
-            if self.growth.initialisation != "random":
-                units = self._match(action.site, action.seed, after.blueprint_id, generator)
+            units = matched.get((action.site, action.seed))
             layer.initialise(action.seed, generator, units=units)
 
     def _require_measured(self, action: Germinate) -> None:
-        wanted = self.growth.initialisation == "matched"
+        wanted = self.growth.initialisation not in ("random", "net2net")
         if (
             wanted
             and BLUEPRINTS[action.blueprint].elementwise
@@ -318,36 +321,92 @@ class Lattice:
                 f"'{action.site}' must be measured before a seed is matched to it, but is not; "
                 "give `measure` to `lattice.report(...)` or set growth.initialisation to 'random'."
             )
+        if self.growth.initialisation == "net2net":
+            self._host_units(action.site)
+
+    def _host_units(self, site: str) -> nn.Linear | None:
+        """The module whose units a new seed may copy; None at a chunk site, which has none."""
+        if self.layer(site).geometry == "chunk":
+            return None
+        first = self.model.get_submodule(self.attached[site].site.first)
+        if not isinstance(first, nn.Linear):
+            raise ValueError(
+                f"'{site}' must begin with a Linear for its units to be copied, but begins with a "
+                f"{type(first).__name__}; set growth.initialisation to 'random'."
+            )
+        return first
+
+    def _match_waves(
+        self, transitions: Sequence[Transition]
+    ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+        """Units for the new seeds that are not drawn, by site and seed; a whole wave at once."""
+        waves: dict[tuple[str, int], list[int]] = {}
+        for t in transitions:
+            kind = t.after.blueprint_id
+            new = t.after.stage is Stage.GERMINATED and self.growth.initialisation != "random"
+            # units of blueprints that mix them cannot be told apart, and are drawn
+            if new and BLUEPRINTS[tuple(BLUEPRINTS)[kind]].elementwise:
+                waves.setdefault((t.action.site, kind), []).append(t.action.seed)
+        return {
+            (site, seed): unit
+            for (site, kind), seeds in waves.items()
+            for seed, unit in self._match(site, seeds, kind)
+        }
 
     def _match(
-        self, site: str, seed: int, kind: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor] | None:
-        """Units for a new seed; None if its units cannot be told apart, which are drawn then."""
-        blueprint = BLUEPRINTS[tuple(BLUEPRINTS)[kind]]
-        if not blueprint.elementwise:
-            return None
-        layer, rows, phi = self.layer(site), self._measured[site], PHI[blueprint.phi]
+        self, site: str, seeds: list[int], kind: int
+    ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """Each seed with the incoming weights and biases of its units."""
+        layer, how = self.layer(site), self.growth.initialisation
+        if how == "net2net":
+            if host := self._host_units(site):
+                for seed in seeds:
+                    yield seed, copied_unit(host, self._generator(site, seed))
+            return
+        blueprint, rows = BLUEPRINTS[tuple(BLUEPRINTS)[kind]], self._measured[site]
+        phi = PHI[blueprint.phi]
         if layer.geometry == "chunk":
-            count = blueprint.hidden(layer.hidden)
-            units = chunk_units(rows, [seed], layer.num_seeds, phi, count, generator)
-            return units.w_in[0], units.bias[0]
-        if self.growth.initialisation != "matched":
-            tiny = self.growth.initialisation == "tiny"
-            units, self._measured[site] = linear_unit(rows, tiny=tiny)
-            return units.w_in[0], units.bias[0]
-        units = span_units(rows, phi, 1, generator, biased=layer.biased)
-        # the next seed of this wave is to find something else
-        hidden = phi(rows.source @ units.w_in[0] + units.bias[0])
-        self._measured[site] = without(rows, hidden)
-        return units.w_in[0], units.bias[0]
+            for seed in seeds:
+                count, generator = blueprint.hidden(layer.hidden), self._generator(site, seed)
+                units = chunk_units(rows, [seed], layer.num_seeds, phi, count, generator)
+                yield seed, (units.w_in[0], units.bias[0])
+        elif how != "matched":
+            for seed in seeds:
+                units, self._measured[site] = linear_unit(self._measured[site], tiny=how == "tiny")
+                yield seed, (units.w_in[0], units.bias[0])
+        else:
+            for first in range(0, len(seeds), UNITS_AT_ONCE):
+                some, rows = seeds[first : first + UNITS_AT_ONCE], self._measured[site]
+                generator = self._generator(site, some[0])
+                units = span_units(rows, phi, len(some), generator, biased=layer.biased)
+                # what comes next, of this wave or of another blueprint, is to find something else
+                hidden = phi(rows.source @ units.w_in[0] + units.bias[0])
+                self._measured[site] = without(rows, hidden)
+                for at, seed in enumerate(some):
+                    yield seed, (units.w_in[0, :, at : at + 1], units.bias[0, at : at + 1])
 
-    def _bottleneck(self, site: str, layer: KasminaLayer, stage: NDArray[np.int32]) -> Tensor:
-        """The bottleneck of every dormant seed; NaN for others, and where nothing was measured."""
+    def _room(self) -> bool:
+        """Whether the limits leave room for a seed; places are not scored for nothing."""
+        growth = self.growth
+        if growth.max_active_seeds is not None and self.count_awake() >= growth.max_active_seeds:
+            return False
+        if growth.max_parameters is None:
+            return True
+        costs = [
+            layer.seed_parameters(BLUEPRINTS[n])
+            for layer in self._layers()
+            for n in BLUEPRINTS
+            if BLUEPRINTS[n].fits(layer.geometry, layer.hidden) and BLUEPRINTS[n].phi
+        ]
+        left = growth.max_parameters - self.count_parameters()
+        return any(cost <= left for cost in costs)
+
+    def _bottleneck(self, site: str, layer: KasminaLayer, dormant: list[int]) -> Tensor:
+        """The bottleneck of the dormant seeds; NaN for others, and where nothing was measured."""
         found = torch.full((layer.num_seeds,), math.nan)
-        dormant = [int(s) for s in (stage == Stage.DORMANT).nonzero()[0]]
         if site not in self._measured or not dormant:
             return found
-        blueprint = BLUEPRINTS[SCORED_BLUEPRINT]
+        blueprint = BLUEPRINTS[self.growth.scored_blueprint]
         generator = self._generator(site, -1)
         rows, phi = self._measured[site], PHI[blueprint.phi]
         if layer.geometry == "span":
@@ -379,15 +438,17 @@ class Lattice:
                 )
 
     def _site_report(
-        self, name: str, layer: KasminaLayer, evaluate: Evaluate | None, held_out: Tensor | None
-    ) -> SiteReport:
+        self, name: str, layer: KasminaLayer, evaluate: Evaluate | None, held_out: Tensor | None,
+        *, scored: bool,
+    ) -> SiteReport:  # fmt: skip
         columns = {k: v.numpy() for k, v in layer.telemetry().items()}
         ints = {
             k: columns.pop(k).astype("int32")
             for k in ("stage", "blueprint_id", "epochs", "graft_id")
         }
         gain = torch.full((2, layer.num_seeds), math.nan)
-        if evaluate is not None and held_out is not None:
+        asked = self.growth.min_gain is not None
+        if asked and evaluate is not None and held_out is not None:
             for seed in (ints["stage"] == Stage.EVALUATING).nonzero()[0]:
                 gain[:, seed] = self._gain(layer, int(seed), evaluate, held_out)
         fitting = {
@@ -395,13 +456,30 @@ class Lattice:
             for n in BLUEPRINTS
             if BLUEPRINTS[n].fits(layer.geometry, layer.hidden)
         }
-        bottleneck = self._bottleneck(name, layer, ints["stage"])
+        dormant = [int(s) for s in (ints["stage"] == Stage.DORMANT).nonzero()[0]] if scored else []
+        bottleneck = self._bottleneck(name, layer, dormant)
         silent = layer.silent_frac(self._measured[name].source if name in self._measured else None)
+        ratio = layer.grad_rms() / self._host_grad_rms(self.attached[name].site)
         return SiteReport(
             name=name, geometry=layer.geometry, **ints, **columns, bottleneck=bottleneck.numpy(),
-            silent_frac=silent.numpy(), gain=gain[0].numpy(), gain_se=gain[1].numpy(),
-            seed_parameters=fitting,
+            silent_frac=silent.numpy(), grad_ratio=ratio.numpy(), gain=gain[0].numpy(),
+            gain_se=gain[1].numpy(), seed_parameters=fitting,
+            unexplained=self._unexplained(name),
         )  # fmt: skip
+
+    def _unexplained(self, site: str) -> float:
+        if site not in self._measured:
+            return math.nan
+        rows = self._measured[site]
+        return float(rows.unexplained(rows.wanted).square().sum(1).mean())
+
+    def _host_grad_rms(self, site: Site) -> float:
+        """Root mean square gradient of the host's parameters at a site; NaN without any."""
+        modules = dict.fromkeys((site.first, site.last))
+        params = [p for n in modules for p in self.model.get_submodule(n).parameters(recurse=False)]
+        grads = [whole(p.grad).float() for p in params if p.grad is not None]
+        size = sum(g.numel() for g in grads)
+        return math.sqrt(sum(float(g.square().sum()) for g in grads) / size) if size else math.nan
 
     def _gain(self, layer: KasminaLayer, seed: int, evaluate: Evaluate, held_out: Tensor) -> Tensor:
         """Held-out loss without the seed minus with it, and its standard error, `[2]`."""
@@ -434,12 +512,12 @@ class Lattice:
         grads = [p.grad for p in self.host_parameters() if p.grad is not None]
         if not grads:
             return None
-        return float(_whole(nn.utils.get_total_norm(grads)))
+        return float(whole(nn.utils.get_total_norm(grads)))
 
     def _drift(self) -> float | None:
         """Relative change since the last report, on evenly spaced weights of each tensor."""
         now = [
-            _whole(p.detach()).reshape(-1)[:: max(1, p.numel() // DRIFT_SAMPLES)].clone()
+            whole(p.detach()).reshape(-1)[:: max(1, p.numel() // DRIFT_SAMPLES)].clone()
             for p in self.host_parameters()
         ]
         before, self._drift_base = self._drift_base, now
@@ -489,6 +567,11 @@ def attach(
     """
     if geometry not in get_args(Geometry):
         raise ValueError(f"geometry must be 'chunk' or 'span', but got '{geometry}'.")
+    if growth is not None and not BLUEPRINTS[growth.scored_blueprint].elementwise:
+        raise ValueError(
+            "scored_blueprint must have hidden units that are functions of one number, but got "
+            f"'{growth.scored_blueprint}'; use 'mlp_relu' or 'low_rank'."
+        )
     lattice = lattice_of(model) or Lattice(model)
     found = find_sites(model, sites, geometry)
     layers = [
@@ -511,15 +594,6 @@ def lattice_of(model: nn.Module) -> Lattice | None:
     """The lattice of a model, also of a deep copy; None if it has none."""
     handle = model.__dict__.get(_HANDLE)
     return handle if isinstance(handle, Lattice) else None
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all shards of a sharded one, so that every process decides alike."""
-    if not is_distributed(tensor):
-        return tensor
-    sharded: Any = tensor
-    whole: Tensor = sharded.full_tensor()
-    return whole
 
 
 def _awake(layer: KasminaLayer) -> Tensor:

@@ -24,7 +24,9 @@ from esper.tracking.style import (
 )
 
 
-def growth_curves(records: Sequence[TrialRecord], metric: str, path: Path) -> Path:
+def growth_curves(
+    records: Sequence[TrialRecord], metric: str, path: Path, among: Sequence[str] = ()
+) -> Path:
     """Draw a metric and the parameters against the step, and when seeds woke.
 
     A line is the mean over the pairs that reached the step; the band spans their minimum and
@@ -34,12 +36,13 @@ def growth_curves(records: Sequence[TrialRecord], metric: str, path: Path) -> Pa
         records: All trials of a sweep; collapsed ones count until they stop.
         metric: A curve of every record.
         path: PNG file to write.
+        among: All arms of a family of pictures in which an arm is to have one colour.
 
     Raises:
         ValueError: If a record lacks the curve or `parameters`.
     """
     arms = by_arm(records)
-    colors = arm_colors(arms)
+    colors = arm_colors([*arms, *among])
     woken = {arm: steps for arm, trials in arms.items() if len(steps := _waking_steps(trials))}
     with rc_context(STYLE):
         figure = new_figure(6.6 + 0.22 * len(woken))

@@ -7,14 +7,17 @@ Source: Okabe, Ito, "Color Universal Design", 2008, https://jfly.uni-koeln.de/co
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from esper.evidence.records import TrialRecord
@@ -69,16 +72,21 @@ STYLE: dict[Any, Any] = {
 def arm_colors(arms: Iterable[str]) -> dict[str, str]:
     """One colour an arm: fixed for the usual five, else the spare ones by order of name.
 
-    Raises:
-        ValueError: If there are more other arms than colours that can be told apart.
+    More others than spare colours are taken for a series, such as widths, and shade from dark to
+    light in the order of the numbers in their names.
     """
-    others = sorted(set(arms) - set(ARM_COLORS))
-    if len(others) > len(SPARE_COLORS):
-        raise ValueError(
-            f"arms besides {', '.join(ARM_COLORS)} must be at most {len(SPARE_COLORS)} in one "
-            f"picture, but got {len(others)}; draw fewer arms at a time."
-        )
-    return ARM_COLORS | dict(zip(others, SPARE_COLORS, strict=False))
+    others = sorted(set(arms) - set(ARM_COLORS), key=_natural)
+    if len(others) <= len(SPARE_COLORS):
+        colors = list(SPARE_COLORS)
+    else:
+        shades = colormaps["viridis"]
+        colors = [to_hex(shades(0.95 * i / (len(others) - 1))) for i in range(len(others))]
+    return ARM_COLORS | dict(zip(others, colors, strict=False))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Numbers count by their value: width-8 comes before width-16."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def by_arm(records: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:

@@ -115,6 +115,29 @@ class Spirals(Task):
         return _tensors(points, label)
 
 
+@TASKS.register("moons")
+class Moons(Task):
+    """Scikit-learn's two moons, with noise that no network can see through."""
+
+    train_samples: PositiveInt = 1000
+    held_out_samples: PositiveInt = 1000
+    test_samples: PositiveInt = 2000
+    noise: float = Field(0.3, ge=0, description="Standard deviation; a moon's radius is 1.")
+
+    def load(self, seed: int) -> TaskData:
+        """Points `[N, 2]` and classes `[N]`, half of each class."""
+        from sklearn.datasets import make_moons
+
+        sizes = (self.train_samples, self.held_out_samples, self.test_samples)
+        train, held, test = (
+            _tensors(*make_moons(
+                n, noise=self.noise, random_state=int(self.rng(seed, split).integers(2**31))
+            ))
+            for n, split in zip(sizes, (0, 2, 1), strict=True)
+        )  # fmt: skip
+        return TaskData(train, held, test, "classification", 2, 2)
+
+
 @TASKS.register("digits")
 class Digits(Task):
     """The 8 x 8 digits that ship with scikit-learn, scaled to [0, 1]."""

@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -114,6 +115,8 @@ class Trainer:
         self.optimizer = _make_optimizer(config, list(model.parameters()))
         self.step = 0
         self.cost = Cost()
+        # whether the next report is to measure places for new seeds
+        self.measures = True
         # what a rollback may go back to, oldest first
         self.past: list[Snapshot] = []
 
@@ -177,7 +180,8 @@ class Trainer:
         grafts = any(t.after.stage is Stage.GRAFTING for t in self.lattice.check(actions))
         if grafts and len(self.past) < MAX_SNAPSHOTS:
             self.past.append(self._snapshot(note))
-        transitions = self.lattice.apply(actions)
+        with self._growing():
+            transitions = self.lattice.apply(actions)
         self._changed(transitions)
         return transitions
 
@@ -275,17 +279,23 @@ class Trainer:
         """The lattice's report; what measuring for new seeds takes is counted."""
         if not math.isfinite(loss):
             raise CollapseError(self.step, f"training loss {loss}")
-        if not self.lattice.growth.measured_samples or not self.lattice.attached:
+        wanted = self.measures and self.lattice.growth.measured_samples
+        if not wanted or not self.lattice.attached:
             return self.lattice.report(loss, self._held_out_losses)
-        started = time.perf_counter()
         try:
-            with FlopCounterMode(display=False) as counter:
-                report = self.lattice.report(loss, self._held_out_losses, self._measured_loss)
+            with self._growing():
+                return self.lattice.report(loss, self._held_out_losses, self._measured_loss)
         except NotFiniteError as error:
             raise CollapseError(self.step, str(error)) from error
+
+    @contextmanager
+    def _growing(self) -> Iterator[None]:
+        """Counts what is done inside as a part of growth."""
+        started = time.perf_counter()
+        with FlopCounterMode(display=False) as counter:
+            yield
         self.cost.growth_flops += float(counter.get_total_flops())
         self.cost.growth_seconds += time.perf_counter() - started
-        return report
 
     def _measured_loss(self) -> Tensor:
         x, y = self._train

@@ -167,6 +167,7 @@ def test_where_results_are_stored_does_not_change_the_hash(changes):
         {"question__margin": 0.2},
         {"question__higher_is_better": False},
         {"question__test": "wilcoxon"},
+        {"searches": {"search": {"over": ["host", "random"]}}},
         {"question__guardrails": [{"metric": "m", "margin": 1.0}]},
         {"question__secondary": [{"treatment": "random", "control": "host"}]},
     ],

@@ -63,7 +63,9 @@ class TestShieldedTamiyo(ControllerContract):
 
 
 def test_no_registered_controller_is_left_out():
-    assert set(CONTROLLERS) == set(OPTIONS)
+    # packages above may have registered their own in this process
+    ours = {name for name in CONTROLLERS if CONTROLLERS[name].__module__.startswith("esper.")}
+    assert ours == set(OPTIONS)
 
 
 @pytest.mark.parametrize("name", ["random", "schedule", "tamiyo"])

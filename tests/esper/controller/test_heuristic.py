@@ -1,5 +1,6 @@
 """Tamiyo grows on a plateau, where the gradient asks for it most, one wave at a time."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -64,6 +65,23 @@ def test_the_bottleneck_counts_for_each_parameter(make_report, make_site):
     assert germinated(actions) == [("a", 0), ("b", 0)]
 
 
+def test_a_relative_bottleneck_counts_by_the_scale_of_the_output(make_report, make_site):
+    small = make_site("a", bottleneck=[0.9, 0.1, 0.1, 0.1], variance=0.1)
+    large = make_site("b", bottleneck=[0.5, 0.1, 0.1, 0.1], variance=10.0)
+    first = []
+    for score in ("bottleneck", "relative_bottleneck"):
+        controller = tamiyo(patience_intervals=1, seeds_per_wave=1, score=score)
+        for interval in (1, 2):
+            actions = controller.decide(make_report(small, large, interval=interval))
+        first += germinated(actions)
+    assert first == [("a", 0), ("b", 0)]
+    controller = tamiyo(patience_intervals=1, score="relative_bottleneck")
+    unmeasured = make_site("a", bottleneck=0.5, variance=np.nan)
+    controller.decide(make_report(unmeasured, interval=1))
+    with pytest.raises(MissingMeasurementError, match="variance must be measured"):
+        controller.decide(make_report(unmeasured, interval=2))
+
+
 def test_a_bottleneck_that_was_not_measured_is_an_error(make_report, make_site):
     controller = tamiyo(patience_intervals=1, score="bottleneck")
     site = make_site("a", bottleneck=np.nan)
@@ -94,6 +112,58 @@ def test_it_waits_while_a_wave_is_in_the_pipeline(make_report, make_site, stage)
 def test_it_does_not_wait_for_finished_seeds(make_report, make_site, stage):
     done = make_site(stage=[stage, Stage.DORMANT])
     assert waves(tamiyo(), [1.0] * 3, make_report, done) == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("gains", "errors", "grows"),
+    [([0.3, 0.1], 0.1, True), ([0.3, -0.1], 0.1, False), ([0.0, 0.0], 0.0, False)],
+)
+def test_growth_goes_on_after_a_wave_that_paid_and_stops_after_one_that_did_not(
+    make_report, make_site, gains, errors, grows
+):
+    """The sum must be 2 standard errors above 0: 0.28 here."""
+    controller = tamiyo(patience_intervals=1, min_wave_gain_se=2.0)
+    evaluated = make_site(stage=[Stage.EVALUATING] * 2 + [0] * 2, gain=[*gains, 0, 0],
+                          gain_se=errors)  # fmt: skip
+    done = make_site(stage=[Stage.FINE_TUNING] * 2 + [0] * 2)
+    assert waves(controller, [1.0, 1.0], make_report, make_site()) == [0, 2]
+    assert waves(controller, [1.0], make_report, evaluated) == [0]
+    again = tamiyo(patience_intervals=1, min_wave_gain_se=2.0)
+    again.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    for c in (controller, again):
+        assert waves(c, [1.0] * 3, make_report, done) == [2 * grows] * 3
+
+
+def test_several_waves_may_not_pay_before_growth_stops(make_report, make_site):
+    controller = tamiyo(patience_intervals=1, min_wave_gain_se=0.0, max_unpaid_waves=2)
+    poor = make_site(stage=[Stage.EVALUATING, 0, 0, 0], gain=-0.1)
+    rich = make_site(stage=[Stage.EVALUATING, 0, 0, 0], gain=0.1)
+    controller.decide(make_report())
+    seen = [waves(controller, [1.0, 1.0], make_report, s) for s in (poor, rich, poor, poor)]
+    assert seen == [[0, 0]] * 4
+    grown = []
+    for site in (poor, rich, poor, poor):
+        fresh = tamiyo(patience_intervals=1, min_wave_gain_se=0.0, max_unpaid_waves=2)
+        fresh.load_state_dict(controller.state_dict() | {"unpaid": 1, "gain": None})
+        waves(fresh, [1.0], make_report, site)
+        grown.append(waves(fresh, [1.0], make_report)[0])
+    assert grown == [0, 2, 0, 0]
+
+
+def test_a_stopping_rule_without_standard_errors_is_an_error(make_report, make_site):
+    controller = tamiyo(min_wave_gain_se=1.0)
+    with pytest.raises(MissingMeasurementError, match="gain_se must be measured for seed 0"):
+        controller.decide(make_report(make_site(stage=[Stage.EVALUATING], gain_se=np.nan)))
+
+
+def test_seeds_without_isolated_training_are_grafted_in_the_interval_of_their_germination(
+    make_report,
+):
+    controller, at_once = tamiyo(), GrowthConfig(training_intervals=0)
+    for interval in (1, 2, 3):
+        actions = controller.decide(make_report(interval=interval, growth=at_once))
+    assert [type(a) for a in actions] == [Germinate, Promote, Advance] * 2
+    assert [a.seed for a in actions] == [0] * 3 + [1] * 3
 
 
 def test_no_wave_after_the_last_interval(make_report):
@@ -187,6 +257,21 @@ class TestShepherd:
     )
     def test_it_lets_a_seed_wait(self, make_report, make_site, stage, columns):
         assert self.decide(make_report, make_site, stage, **columns) == []
+
+    def test_a_rest_of_no_intervals_is_passed_at_once(self, make_report, make_site):
+        growth = GrowthConfig(stabilization_intervals=0)
+        site = make_site(stage=[Stage.GRAFTING], alpha=1.0, epochs=1)
+        actions = tamiyo().decide(make_report(site, growth=growth))
+        assert [a.reason[:2] for a in actions] == ["G3", "G4"]
+        unsettled = make_site(stage=[Stage.GRAFTING], alpha=1.0, epochs=1, graft_loss=0.1)
+        actions = tamiyo().decide(make_report(unsettled, growth=growth))
+        assert [a.reason[:2] for a in actions] == ["G3"]
+
+    def test_a_seed_that_need_not_prove_itself_is_not_evaluated(self, make_report, make_site):
+        growth = GrowthConfig(stabilization_intervals=0, min_gain=None)
+        site = make_site(stage=[Stage.GRAFTING], alpha=1.0, epochs=1, gain=np.nan)
+        actions = tamiyo().decide(make_report(site, growth=growth))
+        assert [a.reason[:2] for a in actions] == ["G3", "G4", "G5"]
 
     def test_the_reason_names_the_gate_and_the_time(self, make_report, make_site):
         (cull,) = self.decide(make_report, make_site, Stage.GRAFTING, epochs=8, alpha=0.25)

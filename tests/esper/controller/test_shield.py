@@ -113,10 +113,22 @@ def test_an_illegal_move_is_vetoed_with_the_legal_ones(make_report):
     assert reason.endswith("legal now: Germinate.")
 
 
-def test_a_seed_moves_once_an_interval(make_report):
-    allowed, reasons = outcome(make_report(), *germinate(0), Promote("a", 0), *germinate(0))
-    assert allowed == germinate(0)
+def test_a_seed_passes_in_one_interval_only_stages_that_take_no_time(make_report, make_site):
+    at_once = GrowthConfig(training_intervals=0, stabilization_intervals=0)
+    life = [*germinate(0), Promote("a", 0), Advance("a", 0)]
+    # a seed whose graft is complete rests for no time, and is evaluated for one interval
+    grafted = make_site(stage=[Stage.DORMANT, Stage.GRAFTING], alpha=1.0, epochs=1)
+    rest = [Advance("a", 1), Advance("a", 1)]
+    report = make_report(grafted, growth=at_once)
+    allowed, reasons = outcome(report, *life, Cull("a", 0), *rest, Advance("a", 1))
+    assert allowed == [*life, *rest]
     assert reasons == ["the seed was moved in this interval already"] * 2
+
+
+def test_a_seed_that_takes_time_does_not_skip_it(make_report):
+    allowed, reasons = outcome(make_report(), *germinate(0), Promote("a", 0), Advance("a", 0))
+    assert allowed == [*germinate(0), Promote("a", 0)]
+    assert reasons == ["G2 is shut: trained 0 of 1 intervals"]
 
 
 def test_a_vetoed_action_does_not_count_as_a_move(make_report):

@@ -86,6 +86,27 @@ def test_g5_held_out_gain(make_site, make_report, gain, passed):
     assert gates.next_gate(report, site, 0).passed is passed
 
 
+@pytest.mark.parametrize(
+    ("tolerance", "gain", "passed"),
+    [(1.0, -0.05, True), (1.0, -0.15, False), (-2.0, 0.15, False), (-2.0, 0.25, True)],
+)
+def test_g5_gives_the_benefit_of_the_doubt_or_demands_proof(
+    make_site, make_report, tolerance, gain, passed
+):
+    site = make_site(stage=[Stage.EVALUATING], gain=gain, gain_se=0.1)
+    report = make_report(site, growth=GrowthConfig(gain_tolerance_se=tolerance))
+    assert gates.next_gate(report, site, 0).passed is passed
+    blind = make_site(stage=[Stage.EVALUATING], gain=gain, gain_se=NAN)
+    with pytest.raises(MissingMeasurementError, match="gain_se must be measured"):
+        gates.next_gate(report, blind, 0)
+
+
+def test_g2_asks_nothing_of_a_seed_that_learns_on_the_task(make_site, make_report):
+    site = make_site(stage=[Stage.TRAINING], epochs=0, explained_frac=NAN)
+    report = make_report(site, growth=GrowthConfig(training_intervals=0))
+    assert gates.next_gate(report, site, 0).passed
+
+
 def test_fine_tuning_lasts_its_time(make_site, make_report):
     site = make_site(stage=[Stage.FINE_TUNING] * 2, epochs=[9, 10])
     report = make_report(site)

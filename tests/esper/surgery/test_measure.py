@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import esper
 from esper.config.run import GrowthConfig
 from esper.controller.base import shepherd
-from esper.seeds.actions import Cull, Germinate
+from esper.seeds.actions import Advance, Cull, Germinate, Promote
 from esper.seeds.state import Stage
 from esper.surgery.measure import measure_rows
 
@@ -184,3 +184,78 @@ def test_too_few_rows_to_know_the_host_are_told():
     x, y = torch.randn(64, 40), torch.randn(64, 3)
     with pytest.warns(UserWarning, match="64 rows were measured at '0', whose module weighs 40"):
         lattice.report(1.0, measure=lambda: F.mse_loss(model(x), y))
+
+
+def test_places_are_not_scored_where_no_seed_is_affordable(data):
+    model, lattice = make(MATCHED.model_copy(update={"max_parameters": 57 + 9 - 1}))
+    assert sum(p.numel() for p in lattice.host_parameters()) == 57
+    (site,) = lattice.report(1.0, measure=loss_of(model, data)).sites
+    assert site.bottleneck.tolist() == pytest.approx([math.nan] * 4, nan_ok=True)
+    lattice.growth = MATCHED.model_copy(update={"max_parameters": 57 + 9})
+    (site,) = lattice.report(1.0, measure=loss_of(model, data)).sites
+    assert not math.isnan(site.bottleneck[0])
+
+
+def test_the_bottleneck_is_that_of_the_units_that_are_to_be_grown(data):
+    scores = []
+    for name in ("mlp_relu", "low_rank"):
+        model, lattice = make(MATCHED.model_copy(update={"scored_blueprint": name}))
+        (site,) = lattice.report(1.0, measure=loss_of(model, data)).sites
+        scores.append(float(site.bottleneck[0]))
+    assert scores[0] != scores[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("mlp_relo", "Did you mean 'mlp_relu'"), ("glu", "functions of one number, but got 'glu'")],
+)
+def test_a_blueprint_that_cannot_be_scored_is_refused(name, message):
+    with pytest.raises((ValueError, KeyError), match=message):
+        make(MATCHED.model_copy(update={"scored_blueprint": name}))
+
+
+def test_a_copied_unit_is_like_one_of_the_hosts_and_needs_no_measurement():
+    model, lattice = make(GrowthConfig(initialisation="net2net"))
+    lattice.report(1.0)
+    lattice.apply([Germinate("fc1->fc2", 0, "mlp_relu"), Germinate("fc1->fc2", 1, "mlp_relu")])
+    w, host = lattice.layer("fc1->fc2").w_in.detach()[:2], model.fc1.weight.detach()
+    near = (w[:, None] - host).norm(dim=2).min(1)
+    assert (near.values < 0.3 * host.norm(dim=1)[near.indices]).all()
+    bias = lattice.layer("fc1->fc2").bias.detach()[:2]
+    assert torch.equal(bias, model.fc1.bias.detach()[near.indices])
+    assert not lattice.layer("fc1->fc2").w_out.any()
+
+
+def test_units_that_are_no_rows_of_a_linear_cannot_be_copied():
+    model = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3))
+    lattice = esper.attach(model, "0->1", 2, geometry="span")
+    lattice.growth = GrowthConfig(initialisation="net2net")
+    lattice.report(1.0)
+    with pytest.raises(ValueError, match="must begin with a Linear for its units to be copied"):
+        lattice.apply([Germinate("0->1", 0, "mlp_relu")])
+
+
+def test_the_gradient_of_new_seeds_is_compared_with_the_hosts(data):
+    growth = GrowthConfig(training_intervals=0, ramp_steps=1)
+    model, lattice = make(growth)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        optimizer.zero_grad()
+        loss_of(model, data)().backward()
+        optimizer.step()
+
+    step()
+    (site,) = lattice.report(1.0).sites
+    assert all(map(math.isnan, site.grad_ratio))
+    lattice.apply([Germinate(site.name, 0, "mlp_relu"), Promote(site.name, 0),
+                   Advance(site.name, 0)])  # fmt: skip
+    for _ in range(2):
+        step()
+    (site,) = lattice.report(1.0).sites
+    layer = lattice.layer(site.name)
+    seed = torch.cat([w.grad[0].reshape(-1) for w in layer.pool()])
+    host = torch.cat([p.grad.reshape(-1) for p in lattice.host_parameters()])
+    expected = seed.square().mean().sqrt() / host.square().mean().sqrt()
+    assert site.grad_ratio[0] == pytest.approx(float(expected), rel=1e-5)
+    assert all(map(math.isnan, site.grad_ratio[1:]))

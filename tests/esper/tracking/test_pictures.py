@@ -199,5 +199,10 @@ class TestArms:
         assert arm_colors(["esper", "zeta", "alpha"])["esper"] == ARM_COLORS["esper"]
         colors = arm_colors(["zeta", "alpha", "host"])
         assert len(set(colors.values())) == len(colors)
-        with pytest.raises(ValueError, match="must be at most 5 in one picture, but got 6"):
-            arm_colors([f"arm-{i}" for i in range(6)])
+
+    def test_many_arms_shade_in_the_order_of_their_numbers(self) -> None:
+        widths = [f"width-{2**i}" for i in range(8)]
+        colors = arm_colors(["esper", *reversed(widths)])
+        assert len(set(colors.values())) == len(colors)
+        light = [sum(int(colors[w][i : i + 2], 16) for i in (1, 3, 5)) for w in widths]
+        assert light == sorted(light)

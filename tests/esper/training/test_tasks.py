@@ -15,6 +15,7 @@ SIZES = {
     # a tenth of the training data, rounded up, is held out
     "digits": ((1212, 135, 450), 64, 10),
     "mnist1d": ((3600, 400, 1000), 40, 10),
+    "moons": ((1000, 1000, 2000), 2, 2),
     "teacher_student": ((1000, 1000, 1000), 10, 10),
 }
 
