@@ -50,6 +50,7 @@ from esper_kernels.timing import (
 
 Row = dict[str, Any]
 WHAT_FORWARD, WHAT_STEP = "forward of the lattices", "training step"
+FLOOR = "compile, nn.Hardtanh in place of the layer"
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,9 @@ def call(scale: Scale, device: torch.device) -> Iterator[Row]:
         x.requires_grad_(mode == "training")
         with torch.set_grad_enabled(mode == "training"):
             yield {"variant": "eager", "mode": mode, "us": _from_python(partial(layer, x))}
+            # what a compiled module costs that does next to nothing
+            floor = torch.compile(nn.Hardtanh(), fullgraph=True, backend=scale.backend)
+            yield {"variant": FLOOR, "mode": mode, "us": _from_python(partial(floor, x))}
             compiled = torch.compile(layer, fullgraph=True, backend=scale.backend)
             yield {"variant": "compile", "mode": mode, "us": _from_python(partial(compiled, x))}
             if device.type == "cuda":

@@ -177,20 +177,24 @@ def chunk_isolated(
 def span_forward(site: Span, codes: Sequence[int], observe: bool) -> tuple[Tensor, Tensor | None]:
     """`y = z + (phi(x W_in + b) * alpha) W_out` by two matrix products; y and the statistics."""
     dtype = site.x_TI.dtype
-    u_TS = torch.addmm(site.b_S.to(dtype), site.x_TI, site.w_in_SI.to(dtype).t())
-    h_TS = _select(function, u_TS, site.phi_S, codes, dim=1)
+    h_TS = _select(function, span_hidden(site), site.phi_S, codes, dim=1)
     w_out = (site.w_out_SO * site.alpha_S[:, None]).to(dtype)
     y_TO = torch.addmm(site.z_TO, h_TS, w_out)
     return y_TO, statistics(site.z_TO) if observe else None
 
 
+def span_hidden(site: Span) -> Tensor:
+    """`x W_in + b`, `[T, S]`: what a forward keeps for `span_backward`."""
+    dtype = site.x_TI.dtype
+    return torch.addmm(site.b_S.to(dtype), site.x_TI, site.w_in_SI.to(dtype).t())
+
+
 def span_backward(
-    dy_TO: Tensor, site: Span, codes: Sequence[int], observe: bool
+    dy_TO: Tensor, site: Span, u_TS: Tensor, codes: Sequence[int], observe: bool
 ) -> tuple[Tensor, ...]:
     """Gradients of `span_forward` by hand: dx, dw_in, db, dw_out, dalpha, ..."""
     dtype = site.x_TI.dtype
     w_in = site.w_in_SI.to(dtype)
-    u_TS = torch.addmm(site.b_S.to(dtype), site.x_TI, w_in.t())
     h_TS = _select(function, u_TS, site.phi_S, codes, dim=1)
     raw_SO = (h_TS.t() @ dy_TO).to(site.w_out_SO.dtype)
     alpha = site.alpha_S[:, None]

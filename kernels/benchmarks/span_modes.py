@@ -35,8 +35,9 @@ class SpanForward:
         if provider == "triton":
             from esper_kernels.ops import span
 
-            arguments = (*inputs, observe)
-            return lambda: span.forward(*arguments)
+            # as in a training step: the backward's inputs are kept
+            arguments = (*inputs, (inputs.alpha_S != 0).int(), observe, True)
+            return lambda: span.forward(*arguments)[:2]
         few = awake_units(inputs)
         if provider == "torch":
             return lambda: baselines.span_forward(few, codes, observe)
@@ -61,7 +62,10 @@ class SpanForward:
 
 
 class SpanBackward(SpanForward):
-    """dx, dW_in, db, dW_out, dalpha and the gradient's energy; the gradient of z is dy itself."""
+    """dx, dW_in, db, dW_out, dalpha and the gradient's energy; the gradient of z is dy itself.
+
+    `x W_in + b` is kept from the forward, by every provider.
+    """
 
     def inputs(self, case: Case, device: torch.device) -> Any:
         """The gradient of the output, and the inputs of the forward."""
@@ -78,13 +82,15 @@ class SpanBackward(SpanForward):
         if provider == "triton":
             from esper_kernels.ops import span
 
-            arguments = (dy, site.x_TI, nothing, z_sq, *site[2:], learning, 0, observe)
+            *_, kept = span.forward(*site, learning, observe, True)
+            arguments = (dy, site.x_TI, nothing, z_sq, *site[2:], *kept, 0, observe)
             return lambda: span.backward(*arguments)
         few = awake_units(site)
+        hidden = baselines.span_hidden(few)
         if provider == "torch":
-            return lambda: baselines.span_backward(dy, few, codes, observe)
+            return lambda: baselines.span_backward(dy, few, hidden, codes, observe)
         compiled = compile_once(baselines.span_backward)
-        return lambda: compiled(dy, few, codes, observe)
+        return lambda: compiled(dy, few, hidden, codes, observe)
 
     def reference(self, case: Case, inputs: Any) -> Outputs:
         """See `Mode`; by autograd."""
@@ -108,13 +114,14 @@ class SpanBackward(SpanForward):
         return dx, *few, *grads[4:]
 
     def bytes(self, case: Case) -> int:
-        """x and dy in, dx out, weights in, gradients of all units out."""
+        """x, dy and the kept hidden units in, dx out, weights in, gradients of all units out."""
         gradients = 4 * case.S * (2 * case.D + 2)
+        gradients += case.T * case.num_awake * case.torch_dtype.itemsize
         return 3 * case.stream_bytes + weight_bytes(case) + gradients + 4 * case.D * case.observe
 
     def flops(self, case: Case) -> int:
-        """Five matrix products."""
-        return 10 * case.T * case.num_awake * case.D
+        """Four matrix products."""
+        return 8 * case.T * case.num_awake * case.D
 
 
 def awake_units(site: Span) -> Span:

@@ -8,7 +8,6 @@ operator of `esper_kernels.library`; the plain PyTorch implementation in
 from esper_kernels import flops as _flops  # noqa: F401 (tells torch's counter what seeds cost)
 from esper_kernels.phi import PHI, Phi, register_phi
 from esper_kernels.seeds import (
-    chunk_moments,
     chunk_seeds,
     column_statistics,
     gradient_energy,
@@ -19,7 +18,6 @@ from esper_kernels.seeds import (
 __all__ = [
     "PHI",
     "Phi",
-    "chunk_moments",
     "chunk_seeds",
     "column_statistics",
     "gradient_energy",

@@ -38,13 +38,16 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _OPTIONS = "int objective, bool observe, bool plain"
 _CHUNK = "Tensor w1, Tensor b1, Tensor w2, Tensor alpha, Tensor phi, Tensor hidden, Tensor learning"
 _SPAN = "Tensor w_in, Tensor b, Tensor w_out, Tensor alpha, Tensor phi, Tensor learning"
+# what the kernels' forward keeps for their backward (`esper_kernels.ops.span.Kept`); else empty
+_KEPT = "Tensor hidden, Tensor kept_w_in, Tensor kept_w_out, Tensor norm_sq, Tensor table"
 _SCHEMAS = (
     f"chunk_seeds(Tensor x, {_CHUNK}, Tensor? probe, {_OPTIONS}) -> (Tensor y, Tensor stats)",
     f"chunk_seeds_backward(Tensor dy, Tensor x, {_CHUNK}, Tensor stats, {_OPTIONS})"
     " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor dalpha, Tensor telemetry)",
-    f"span_seeds(Tensor x, Tensor z, {_SPAN}, Tensor? probe, {_OPTIONS})"
-    " -> (Tensor y, Tensor stats)",
-    f"span_seeds_backward(Tensor dy, Tensor x, Tensor z, {_SPAN}, Tensor stats, {_OPTIONS})"
+    f"span_seeds(Tensor x, Tensor z, {_SPAN}, Tensor? probe, {_OPTIONS}, bool keep)"
+    f" -> (Tensor y, Tensor stats, {_KEPT})",
+    f"span_seeds_backward(Tensor dy, Tensor x, Tensor z, {_SPAN}, Tensor stats, {_KEPT},"
+    f" {_OPTIONS})"
     " -> (Tensor dx, Tensor dw_in, Tensor db, Tensor dw_out, Tensor dalpha, Tensor telemetry)",
 )
 _library = torch.library.Library("esper", "FRAGMENT")
@@ -159,33 +162,48 @@ def _chunk_backward(
 
 def _span_forward(
     x: Tensor, z: Tensor, w_in: Tensor, b: Tensor, w_out: Tensor, alpha: Tensor, phi: Tensor,
-    learning: Tensor, probe: Tensor | None, objective: int, observe: bool, plain: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    learning: Tensor, probe: Tensor | None, objective: int, observe: bool, plain: bool, keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     from_host = x
     if use_triton(z, w_in, plain):
         from esper_kernels.ops import span
 
         # under autocast, the span's input may be wider than its output
         x = x.to(z.dtype)
-        y, stats = _launch(span.forward, x, z, *_wide(w_in, b, w_out), alpha, phi, observe)
-        return y, stats
+        y, stats, kept = _launch(
+            span.forward, x, z, *_wide(w_in, b, w_out), alpha, phi, learning, observe, keep
+        )
+        return y, stats, *(kept or _nothing_kept(z))
     with _exact(x):
         y = reference_span.span_seeds(from_host, z, w_in, b, w_out, alpha, phi)
-        return _own(y, z), _statistics(z, observe)
+        return _own(y, z), _statistics(z, observe), *_nothing_kept(z)
+
+
+def _nothing_kept(z: Tensor) -> tuple[Tensor, ...]:
+    words = (z.new_empty(0) for _ in range(3))
+    return *words, z.new_empty(0, dtype=torch.float32), z.new_empty(0, dtype=torch.int32)
 
 
 def _span_backward(
     dy: Tensor, x: Tensor, z: Tensor, w_in: Tensor, b: Tensor, w_out: Tensor, alpha: Tensor,
-    phi: Tensor, learning: Tensor, stats: Tensor, objective: int, observe: bool, plain: bool,
+    phi: Tensor, learning: Tensor, stats: Tensor, hidden: Tensor, kept_w_in: Tensor,
+    kept_w_out: Tensor, norm_sq: Tensor, table: Tensor, objective: int, observe: bool, plain: bool,
 ) -> Gradients:  # fmt: skip
     if use_triton(dy, w_in, plain):
         from esper_kernels.ops import span
+
+        if not table.numel():
+            raise ValueError(
+                "esper::span_seeds_backward needs what esper::span_seeds kept, but got nothing; "
+                "call the forward with keep=True."
+            )
 
         z_sq = stats[1].sum() if observe else torch.linalg.vector_norm(z, dtype=torch.float32) ** 2
         reads_z = OBJECTIVES[objective] == "reconstruction"
         dx, *grads, dalpha, grad_sq, explained = _launch(
             span.backward, dy, x.to(dy.dtype), z if reads_z else z.new_empty(0), z_sq,
-            *_wide(w_in, b, w_out), alpha, phi, learning, objective, observe,
+            *_wide(w_in, b, w_out), alpha, phi, hidden, kept_w_in, kept_w_out, norm_sq, table,
+            objective, observe,
         )  # fmt: skip
         told = _packed(stats, grad_sq, explained, learning, dy)
     else:
@@ -228,8 +246,17 @@ def _fake_chunk(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _fake_forward(x, rest[-2])
 
 
-def _fake_span(x: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _fake_forward(z, rest[-2])
+def _fake_span(
+    x: Tensor, z: Tensor, w_in: Tensor, b: Tensor, w_out: Tensor, alpha: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    observe, plain, keep = rest[-3:]
+    kept = _nothing_kept(z)
+    if keep and use_triton(z, w_in, plain):
+        from esper_kernels.ops import span
+
+        shapes = span.kept_shapes(len(x), w_in.shape[1], z.shape[1], len(w_in), z.dtype)
+        kept = tuple(k.new_empty(shape) for k, shape in zip(kept, shapes, strict=True))
+    return *_fake_forward(z, observe), *kept
 
 
 def _fake_chunk_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -242,7 +269,7 @@ def _fake_span_backward(dy: Tensor, x: Tensor, z: Tensor, *rest: Any) -> tuple[T
 
 class _ChunkSeeds(Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         with _AutoDispatchBelowAutograd():
             y, stats = torch.ops.esper.chunk_seeds.default(*args)
         *tensors, _, ctx.objective, ctx.observe, ctx.plain = args
@@ -250,7 +277,7 @@ class _ChunkSeeds(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         options = ctx.objective, ctx.observe, ctx.plain
@@ -262,34 +289,35 @@ class _ChunkSeeds(Function):
 
 class _SpanSeeds(Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *tensors, probe, ctx.objective, ctx.observe, ctx.plain, _ = args
+        options = ctx.objective, ctx.observe, ctx.plain, True
         with _AutoDispatchBelowAutograd():
-            y, stats = torch.ops.esper.span_seeds.default(*args)
-        *tensors, _, ctx.objective, ctx.observe, ctx.plain = args
+            y, *more = torch.ops.esper.span_seeds.default(*tensors, probe, *options)
         z, w_in = tensors[1:3]
         known = ctx.observe and OBJECTIVES[ctx.objective] != "reconstruction"
         if known and use_triton(z, w_in, ctx.plain):
             # the statistics hold all that the kernels need to know of z
             tensors[1] = z.new_empty(0)
-        return _saved(ctx, tensors, y, stats)
+        return _saved(ctx, tensors, y, *more)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         options = ctx.objective, ctx.observe, ctx.plain
         dx, *grads, telemetry = torch.ops.esper.span_seeds_backward.default(
             dy, *ctx.saved_tensors, *options
         )
-        return _wanted(ctx, dx, dy, *grads, None, None, telemetry, None, None, None)
+        return _wanted(ctx, dx, dy, *grads, None, None, telemetry, None, None, None, None)
 
 
-def _saved(ctx: Any, tensors: list[Tensor], y: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
-    ctx.save_for_backward(*tensors, stats)
-    ctx.mark_non_differentiable(stats)
+def _saved(ctx: Any, tensors: list[Tensor], y: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+    ctx.save_for_backward(*tensors, *more)
+    ctx.mark_non_differentiable(*more)
     ctx.set_materialize_grads(False)
-    return y, stats
+    return y, *more
 
 
 def _wanted(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

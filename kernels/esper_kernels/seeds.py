@@ -13,10 +13,8 @@ from esper_kernels import library
 from esper_kernels.phi import FIRST_CUSTOM
 from esper_kernels.reference import statistics as _statistics
 from esper_kernels.reference.isolated import OBJECTIVES, Objective
-from esper_kernels.support import MAX_CHUNK
 
 __all__ = [
-    "chunk_moments",
     "chunk_seeds",
     "column_statistics",
     "gradient_energy",
@@ -159,7 +157,7 @@ def span_seeds(
     code, plain = _code(objective), _is_plain(plain, phi_S)
     y_TO: Tensor = torch.ops.esper.span_seeds.default(
         x_TI, z_TO, w_in_SI, b_S, w_out_SO, alpha_S, phi_S, learning_S, probe,
-        code, observe, plain,
+        code, observe, plain, False,
     )[0]  # fmt: skip
     return y_TO
 
@@ -203,43 +201,6 @@ def gradient_energy(dy_TD: Tensor) -> Tensor:
     if library.use_triton(dy_TD, dy_TD, plain=False):
         return column_statistics(dy_TD)[1] * len(dy_TD)
     return _statistics.gradient_energy(dy_TD)
-
-
-def chunk_moments(x_TD: Tensor, dy_TD: Tensor, num_seeds: int) -> tuple[Tensor, Tensor]:
-    """Second moments of every chunk: what tells how much a seed could explain there.
-
-    With `A = x_s^T x_s` and `B = x_s^T dy_s`, `trace(B^T A^+ B)` is the energy of the desired
-    change `-dy_s` that a linear seed could express. Source: Verbockhaven et al., "Growing Tiny
-    Networks", TMLR 2024. Of a span it is the plain product `x^T dy`.
-
-    Args:
-        x_TD: Activations, `[T, D]`, of a floating dtype.
-        dy_TD: Gradient of the loss there; shape and dtype of `x_TD`.
-        num_seeds: Chunks S; divides D.
-
-    Returns:
-        A and B, `[S, C, C]` each, fp32 (fp64 for fp64 input), without a gradient.
-
-    Raises:
-        ValueError: If the shapes or dtypes do not agree, or S does not divide D.
-    """
-    _require_matrix(x_TD=x_TD, dy_TD=dy_TD)
-    if dy_TD.shape != x_TD.shape or dy_TD.dtype != x_TD.dtype:
-        raise ValueError(
-            f"dy_TD must have the shape and dtype of x_TD, {tuple(x_TD.shape)} of {x_TD.dtype}, "
-            f"but got {tuple(dy_TD.shape)} of {dy_TD.dtype}."
-        )
-    if num_seeds < 1 or x_TD.shape[1] % num_seeds:
-        raise ValueError(
-            f"num_seeds must divide the {x_TD.shape[1]} channels of x_TD, but got {num_seeds}."
-        )
-    x_TD, dy_TD = x_TD.detach(), dy_TD.detach()
-    if library.use_triton(x_TD, x_TD, plain=False) and x_TD.shape[1] // num_seeds <= MAX_CHUNK:
-        from esper_kernels.ops import moments
-
-        both: Tensor = moments.chunk_moments(x_TD.contiguous(), dy_TD.contiguous(), num_seeds)
-        return both[0], both[1]
-    return _statistics.chunk_moments(x_TD, dy_TD, num_seeds)
 
 
 def _require_matrix(**tensors: Tensor) -> None:

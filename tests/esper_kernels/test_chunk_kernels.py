@@ -6,9 +6,8 @@ On a machine without a GPU the kernels run under Triton's interpreter; the same 
 import pytest
 import torch
 
-from esper_kernels import Phi, chunk_moments
+from esper_kernels import Phi
 from esper_kernels.ops import chunk
-from esper_kernels.ops.dispatch import force_triton
 from esper_kernels.reference.chunk import chunk_outputs
 from esper_kernels.reference.chunk import chunk_seeds as reference
 
@@ -148,43 +147,6 @@ def test_every_gradient(shape, awake, objective, dtype, monkeypatch):
     torch.testing.assert_close(explained.double().cpu(), theirs[-1], rtol=limit, atol=limit)
     asleep = (rest[3] == 0).repeat_interleave(shape[2])
     assert torch.equal(ours[0][:, asleep], dy[:, asleep])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_second_moments(shape, dtype, monkeypatch):
-    T, S, C, _ = shape
-    torch.manual_seed(0)
-    x, dy = torch.randn(2, T, S * C, device=DEVICE).to(dtype)
-    poison(monkeypatch)
-    with force_triton():
-        ours = chunk_moments(x, dy, S)
-    monkeypatch.undo()
-    chunks, grads = (t.double().cpu().view(T, S, C).transpose(0, 1) for t in (x, dy))
-    for mine, right in zip(ours, (chunks.mT @ chunks, chunks.mT @ grads), strict=True):
-        assert error(mine, right) < 1e-5
-
-
-def test_what_a_linear_seed_could_explain_is_all_of_a_linear_wish():
-    torch.manual_seed(0)
-    x = torch.randn(200, 12, dtype=torch.float64)
-    wish = torch.cat([x[:, 4 * s : 4 * s + 4] @ torch.randn(4, 4).double() for s in range(3)], 1)
-    A, B = chunk_moments(x, -wish, 3)
-    could = (B.mT @ torch.linalg.pinv(A) @ B).diagonal(dim1=1, dim2=2).sum(1)
-    torch.testing.assert_close(could, wish.square().view(200, 3, 4).sum((0, 2)))
-
-
-@pytest.mark.parametrize(
-    ("dy", "num_seeds", "match"),
-    [
-        (torch.zeros(4, 6), 4, "num_seeds must divide the 6 channels of x_TD, but got 4"),
-        (torch.zeros(4, 5), 2, r"dy_TD must have the shape and dtype of x_TD, \(4, 6\)"),
-        (torch.zeros(4, 6).double(), 2, "of torch.float64"),
-    ],
-)
-def test_moments_of_what_does_not_fit_are_refused(dy, num_seeds, match):
-    with pytest.raises(ValueError, match=match):
-        chunk_moments(torch.zeros(4, 6), dy, num_seeds)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")

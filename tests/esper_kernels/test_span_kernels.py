@@ -59,16 +59,21 @@ class Case:
         for w in (self.w_in, self.b, self.w_out):
             w[asleep] = float("nan")
 
-    def forward(self, observe=False):
+    def run(self, observe, keep):
         pool = self.w_in, self.b, self.w_out
-        return span.forward(self.x, self.z, *pool, self.alpha, self.phi, observe)
+        rest = self.alpha, self.phi, self.learning, observe, keep
+        return span.forward(self.x, self.z, *pool, *rest)
+
+    def forward(self, observe=False):
+        return self.run(observe, keep=False)[:2]
 
     def backward(self, objective=0, observe=False):
         z = self.z if objective == 1 else self.z.new_empty(0)
         z_sq = self.z.float().square().sum()
         pool = self.w_in, self.b, self.w_out
+        kept = self.run(observe, keep=True)[2]
         return span.backward(
-            self.dy, self.x, z, z_sq, *pool, self.alpha, self.phi, self.learning, objective, observe
+            self.dy, self.x, z, z_sq, *pool, self.alpha, self.phi, *kept, objective, observe
         )
 
     def reference(self):
@@ -225,4 +230,21 @@ def test_only_awake_units_decide_the_result_wherever_they_lie():
     rows = case.awake.nonzero().squeeze(1)
     case.w_in, case.b, case.w_out = (w[rows].clone() for w in (case.w_in, case.b, case.w_out))
     case.alpha, case.phi = case.alpha[rows], case.phi[rows]
+    case.learning = case.learning[rows]
     assert torch.equal(y, case.forward()[0])
+
+
+def test_what_is_kept_has_the_promised_shapes_and_survives_a_backward():
+    case = Case(40, 17, 33, 70)
+    y, _, kept = case.run(observe=False, keep=True)
+    assert torch.equal(y, case.forward()[0])
+    assert [t.shape for t in kept] == list(span.kept_shapes(40, 17, 33, 70, torch.float32))
+    before = [t.clone() for t in kept]
+    rest = case.z.new_empty(0), torch.ones((), device=DEVICE), case.w_in, case.b, case.w_out
+    runs = [
+        span.backward(case.dy, case.x, *rest, case.alpha, case.phi, *kept, 0, False)
+        for _ in range(2)
+    ]
+    assert all(map(torch.equal, *runs))
+    for now, then in zip(kept, before, strict=True):
+        assert torch.equal(now.view(torch.uint8), then.view(torch.uint8))

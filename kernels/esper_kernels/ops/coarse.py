@@ -93,7 +93,7 @@ def backward(
     )
     h = dense.hidden_forward(units, x, w_in, b1_SH, alpha_S, phi_S, dense.Which.ALL)
     dz, partial = dense.hidden_backward(
-        units, h, dy, left, w_out, alpha_S, phi_S, norm_sq, *energies, reconstruct
+        units, h, dy, left, w_out, alpha_S, phi_S, norm_sq, *energies, reconstruct, h
     )
     of_units = finish_units(units, partial, alpha_S, norm_sq, *energies, reconstruct)
     dx = dense.project(units, dz, w_in, dy)

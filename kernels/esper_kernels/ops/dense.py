@@ -277,9 +277,9 @@ def _of_unit(values, unit, N, valid, JOINT: tl.constexpr):
 
 @triton.jit
 def _hidden_forward(
-    x, w_in, bias, alpha, phi, ranges, unit_of, u, T, N, num_cols, stride_x, stride_w,
-    P: tl.constexpr, JOINT: tl.constexpr, WHICH: tl.constexpr, FAST: tl.constexpr,
-    WIDE: tl.constexpr, NARROW: tl.constexpr, FLATTEN: tl.constexpr,
+    x, w_in, bias, alpha, phi, ranges, unit_of, u, kept, T, N, num_cols, stride_x, stride_w,
+    P: tl.constexpr, JOINT: tl.constexpr, WHICH: tl.constexpr, KEEP: tl.constexpr,
+    FAST: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, FLATTEN: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, DEPTH: tl.constexpr,
     DOT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -291,7 +291,7 @@ def _hidden_forward(
     if num_unit_tiles == 0:
         return
     width = P * tl.num_programs(1)
-    WIDTH: tl.constexpr = 32 if SLOTS >= 64 else SLOTS
+    WIDTH: tl.constexpr = 16 if SLOTS >= 64 else SLOTS
     rows, slots = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     num_tiles = tl.cdiv(T, ROWS) * num_unit_tiles
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
@@ -310,7 +310,7 @@ def _hidden_forward(
             x, w_in, row, group * num_cols, at, num_cols, T, width, stride_x, stride_w,
             ROWS, SLOTS, DEPTH, DOT, TMA,
         )  # fmt: skip
-        start = u + (tl.full((), 0, tl.int64) + row) * width + at
+        start = (tl.full((), 0, tl.int64) + row) * width + at
         strips = _strips(acc, WIDTH)
         for i in tl.static_range(len(strips)):
             slot = i * WIDTH + slots
@@ -318,18 +318,20 @@ def _hidden_forward(
             unit = tl.load(unit_of + at + slot, mask=valid, other=0)
             code = _of_unit(phi, unit, N, valid, JOINT)
             h = strips[i] + tl.load(bias + unit, mask=valid, other=0.0)[None, :]
-            if WHICH != _ALL:
+            here = start + rows[:, None] * width + slot[None, :]
+            if KEEP:
+                tl.store(kept + here, h.to(kept.dtype.element_ty), mask=(row + rows < T)[:, None])
+            if KEEP or WHICH != _ALL:
                 h = activate(h, code[None, :], FAST)
-            if WHICH == _AWAKE:
+            if KEEP or WHICH == _AWAKE:
                 h *= _of_unit(alpha, unit, N, valid, JOINT)[None, :]
             h = tl.where(valid[None, :], h, 0.0).to(u.dtype.element_ty)
-            here = start + rows[:, None] * width + slot[None, :]
-            tl.store(here, h, mask=(row + rows < T)[:, None])
+            tl.store(u + here, h, mask=(row + rows < T)[:, None])
 
 
 def hidden_forward(
     units: Units, x: Tensor, w_in: Tensor, bias: Tensor, alpha: Tensor, phi: Tensor,
-    which: Which = Which.AWAKE,
+    which: Which = Which.AWAKE, kept: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`alpha * phi(x W_in^T + b)` of awake units, `phi(...)` of isolated ones.
 
@@ -341,12 +343,15 @@ def hidden_forward(
         alpha: `[S]`, fp32.
         phi: `[S]`, int32.
         which: Which of them; ALL: `x W_in^T + b` before phi, of both.
+        kept: Takes `x W_in^T + b` of all units, `[T, G * P]`; the result is then that of AWAKE.
 
     Returns:
         `[T, G * P]` in the dtype of x; only tiles with a unit in use are written.
     """
     T, K = len(x), w_in.shape[1]
     u = torch.empty(T, units.row, dtype=x.dtype, device=x.device)
+    if kept is not None:
+        which = Which.ALL
     wide, tiles = _widths("hidden_forward", x.dtype, units.units)
     for tile in tiles:
         (x_op, w_op), tma = _operands(
@@ -355,11 +360,11 @@ def hidden_forward(
         )  # fmt: skip
         programs = _programs(triton.cdiv(T, tile.rows) * units.slots // wide.cols, tile, x.device)
         _hidden_forward[(programs, units.groups)](
-            x_op, w_op, bias, alpha, phi, units.ranges, units.unit_of, u, T, units.units, K,
-            x.stride(0), w_in.stride(0),
-            P=units.slots, JOINT=units.joint, WHICH=int(which), FAST=x.dtype != torch.float32,
-            WIDE=wide.cols, NARROW=tiles[-1].cols if len(tiles) > 1 else 0,
-            FLATTEN=tile.flatten and tma,
+            x_op, w_op, bias, alpha, phi, units.ranges, units.unit_of, u, kept,
+            T, units.units, K, x.stride(0), w_in.stride(0),
+            P=units.slots, JOINT=units.joint, WHICH=int(which), KEEP=kept is not None,
+            FAST=x.dtype != torch.float32, WIDE=wide.cols,
+            NARROW=tiles[-1].cols if len(tiles) > 1 else 0, FLATTEN=tile.flatten and tma,
             ROWS=tile.rows, SLOTS=tile.cols, DEPTH=tile.depth, DOT=_dot_dtype(x.dtype), TMA=tma,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -506,7 +511,7 @@ def _launch_project(
 @triton.jit
 def _hidden_backward(
     h, dy, w_out, alpha, phi, ranges, unit_of, norm_sq, activation_sq, grad_sq,
-    dz, partial, T, N, num_cols, stride_dy, stride_w,
+    activated, dz, partial, T, N, num_cols, stride_dy, stride_w,
     P: tl.constexpr, JOINT: tl.constexpr, WHICH: tl.constexpr, RECONSTRUCT: tl.constexpr,
     FAST: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, FLATTEN: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, DEPTH: tl.constexpr,
@@ -525,7 +530,7 @@ def _hidden_backward(
         scale, _energy = target_scale(tl.load(activation_sq), tl.load(grad_sq), RECONSTRUCT)
         isolated_factor = -2.0 * scale
     width = P * tl.num_programs(1)
-    WIDTH: tl.constexpr = 32 if SLOTS >= 64 else SLOTS
+    WIDTH: tl.constexpr = 16 if SLOTS >= 64 else SLOTS
     rows, slots = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     num_tiles = tl.cdiv(T, ROWS) * num_unit_tiles
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
@@ -566,7 +571,7 @@ def _hidden_backward(
                 ridge = 2.0 * tl.load(norm_sq + at + slot, mask=valid & isolated, other=0.0)
                 d_value += tl.where(ridge[None, :] != 0, ridge[None, :] * value, 0.0)
             d_z = tl.where(inside, d_value * slope, 0.0)
-            tl.store(h + offsets, value.to(h.dtype.element_ty), mask=in_rows)
+            tl.store(activated + offsets, value.to(h.dtype.element_ty), mask=in_rows)
             tl.store(dz + offsets, d_z.to(dz.dtype.element_ty), mask=in_rows)
             tl.store(sums + slot, tl.sum(d_z, 0))
             tl.store(sums + width + slot, tl.sum(value * du, 0))
@@ -581,13 +586,13 @@ def _hidden_backward(
 def hidden_backward(
     units: Units, h: Tensor, dy: Tensor, other: Tensor | None, w_out: Tensor,
     alpha: Tensor, phi: Tensor, norm_sq: Tensor, activation_sq_G: Tensor,
-    grad_sq_G: Tensor, reconstruct: bool,
+    grad_sq_G: Tensor, reconstruct: bool, activated: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Apply phi in place and compute the gradients before phi.
+    """Apply phi and compute the gradients before phi.
 
     Args:
         units: The plan.
-        h: `x W_in^T + b` of all units, `[T, G * P]`; afterwards phi of it.
+        h: `x W_in^T + b` of all units, `[T, G * P]`.
         dy: Gradient of the output, `[T, G * K]`, contiguous.
         other: What isolated units learn from in place of dy, same shape; None: dy.
         w_out: Packed outgoing weights, `[G * P, K]`.
@@ -597,6 +602,7 @@ def hidden_backward(
         activation_sq_G: Energy of each group's activations, `[G]`, fp32.
         grad_sq_G: Energy of each group's gradient, `[G]`, fp32.
         reconstruct: Whether the isolated objective is reconstruction.
+        activated: Takes phi of h, `[T, G * P]`; may be h.
 
     Returns:
         dz `[T, G * P]` in the dtype of h, of isolated units without the factor 1 / energy of the
@@ -618,7 +624,7 @@ def hidden_backward(
         programs = _programs(row_tiles * units.slots // wide.cols, tile, h.device)
         _hidden_backward[(programs, units.groups)](
             h, *operands, alpha, phi, units.ranges, units.unit_of, norm_sq,
-            activation_sq_G, grad_sq_G, dz, partial, T, units.units, K,
+            activation_sq_G, grad_sq_G, activated, dz, partial, T, units.units, K,
             source.stride(0), w_out.stride(0),
             P=units.slots, JOINT=units.joint, WHICH=int(which), RECONSTRUCT=reconstruct,
             FAST=h.dtype != torch.float32, WIDE=wide.cols,

@@ -5,20 +5,57 @@ Formulas: `esper_kernels.reference.span`; isolated units: the energy of the targ
 leaves, `|t|^2 - 2 (h_n^T t) . w_n + |h_n|^2 |w_n|^2` over `|t|^2`, needs only sums over rows.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from esper_kernels.ops import dense
 from esper_kernels.ops.statistics import column_statistics
-from esper_kernels.ops.units import column_squares, finish_units, pack, plan
+from esper_kernels.ops.units import (
+    NUM_RANGES,
+    column_squares,
+    finish_units,
+    num_slots,
+    pack,
+    plan,
+    units_of_span,
+)
 
 RECONSTRUCTION = 1
 
 
+class Kept(NamedTuple):
+    """What a forward keeps for its backward; P slots of units (see `esper_kernels.ops.units`).
+
+    Args:
+        hidden_TP: `x W_in^T + b` of the awake and the isolated units, `[T, P]`.
+        w_in: Their incoming weights, `[P, I]`, rows padded to whole 16-byte words.
+        w_out: Their outgoing weights, `[P, O]`, padded likewise.
+        norm_sq_P: Squared norm of each unit's outgoing weights, `[P]`, fp32.
+        table: Which unit has which slot, int32.
+    """
+
+    hidden_TP: Tensor
+    w_in: Tensor
+    w_out: Tensor
+    norm_sq_P: Tensor
+    table: Tensor
+
+
+def kept_shapes(
+    T: int, I: int, O: int, S: int, dtype: torch.dtype  # noqa: E741 (the legend's names)
+) -> tuple[tuple[int, ...], ...]:  # fmt: skip
+    """Shapes of `Kept`."""
+    slots = num_slots(S, dense.unit_align(dtype, S, backward=True), mixed=True)
+    widths = (-(-n // 8) * 8 for n in (I, O))
+    return (T, slots), *((slots, n) for n in widths), (slots,), (NUM_RANGES.value + slots + S,)
+
+
 def forward(
     x_TI: Tensor, z_TO: Tensor, w_in_SI: Tensor, b_S: Tensor, w_out_SO: Tensor, alpha_S: Tensor,
-    phi_S: Tensor, observe: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    phi_S: Tensor, learning_S: Tensor, observe: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Kept | None]:  # fmt: skip
     """`y = z + sum_s alpha_s * phi_s(x . w_in_s + b_s) * w_out_s`.
 
     Args:
@@ -29,29 +66,42 @@ def forward(
         w_out_SO: Outgoing weights, `[S, O]`.
         alpha_S: Blend weights, `[S]`, fp32.
         phi_S: Codes of elementwise functions, `[S]`, int32.
+        learning_S: See `backward`; y is that of the awake units in any case.
         observe: Whether to sum up z.
+        keep: Whether a backward will follow.
 
     Returns:
         `[T, O]` in the dtype of z; and of each column of z the sum, the sum of squares and the
-        number of values below 1e-6, `[3, O]`, fp32 (`[3, 0]` without `observe`).
+        number of values below 1e-6, `[3, O]`, fp32 (`[3, 0]` without `observe`); and what
+        `backward` needs (None without `keep`).
     """
     dtype = torch.promote_types(x_TI.dtype, z_TO.dtype)
     x, z = x_TI.to(dtype).contiguous(), z_TO.to(dtype).contiguous()
-    align = dense.unit_align(dtype, len(w_in_SI), backward=False)
-    units = plan(alpha_S, None, None, len(w_in_SI), align)
+    # the same plan with and without `keep`: sums over units have one order
+    align = dense.unit_align(dtype, len(w_in_SI), backward=True)
+    units = plan(alpha_S, learning_S, None, len(w_in_SI), align)
     w_in, _ = pack(units, w_in_SI[None], dtype)
-    w_out, _ = pack(units, w_out_SO[None], dtype)
-    u = dense.hidden_forward(units, x, w_in, b_S, alpha_S, phi_S)
+    w_out, norm_sq = pack(units, w_out_SO[None], dtype, norm=keep)
+    hidden = x.new_empty(len(x), units.row) if keep else None
+    u = dense.hidden_forward(units, x, w_in, b_S, alpha_S, phi_S, kept=hidden)
     y = dense.project(units, u, w_out, z)
     # a pass of its own reads at memory speed; in the product's epilogue it took three times that
     stats = column_statistics(z) if observe else b_S.new_empty(3, 0)
-    return y.to(z_TO.dtype), stats
+    kept = None
+    if hidden is not None:
+        kept = Kept(hidden, _whole(w_in), _whole(w_out), norm_sq, units.table)
+    return y.to(z_TO.dtype), stats, kept
+
+
+def _whole(packed: Tensor) -> Tensor:
+    """Packed weights with the words that pad their rows."""
+    return packed.as_strided((len(packed), packed.stride(0)), (packed.stride(0), 1))
 
 
 def backward(
     dy_TO: Tensor, x_TI: Tensor, z_TO: Tensor, z_sq: Tensor, w_in_SI: Tensor, b_S: Tensor,
-    w_out_SO: Tensor, alpha_S: Tensor, phi_S: Tensor, learning_S: Tensor, objective: int,
-    observe: bool,
+    w_out_SO: Tensor, alpha_S: Tensor, phi_S: Tensor, hidden_TP: Tensor, w_in: Tensor,
+    w_out: Tensor, norm_sq_P: Tensor, table: Tensor, objective: int, observe: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the task, and of the isolated objective for units that train on it.
 
@@ -65,7 +115,12 @@ def backward(
         w_out_SO: See `forward`.
         alpha_S: See `forward`.
         phi_S: See `forward`.
-        learning_S: 0: no gradient for the weights; 1: of the task; 2: isolated. `[S]`, int32.
+        hidden_TP: See `Kept`; also all up to `table`. The plan holds how the units learn, by
+            `learning_S`: 0: no gradient for the weights; 1: of the task; 2: isolated.
+        w_in: See `Kept`.
+        w_out: See `Kept`.
+        norm_sq_P: See `Kept`.
+        table: See `Kept`.
         objective: 0 desired update, 1 reconstruction.
         observe: Whether to sum up dy.
 
@@ -77,18 +132,16 @@ def backward(
     x, dy = x_TI.to(dtype).contiguous(), dy_TO.to(dtype).contiguous()
     reconstruct = objective == RECONSTRUCTION
     other = z_TO.to(dtype).contiguous() if reconstruct else None
-    align = dense.unit_align(dtype, len(w_in_SI), backward=True)
-    units = plan(alpha_S, learning_S, None, len(w_in_SI), align)
-    w_in, _ = pack(units, w_in_SI[None], dtype)
-    w_out, norm_sq = pack(units, w_out_SO[None], dtype, norm=True)
+    units = units_of_span(table, len(w_in_SI), dense.unit_align(dtype, len(w_in_SI), backward=True))
+    w_in, w_out = w_in[:, : w_in_SI.shape[1]], w_out[:, : w_out_SO.shape[1]]
     grad_sq = column_squares(dy, units, always=observe)
     energies = z_sq, grad_sq.sum()
 
-    h = dense.hidden_forward(units, x, w_in, b_S, alpha_S, phi_S, dense.Which.ALL)
+    h = torch.empty_like(hidden_TP)
     dz, partial = dense.hidden_backward(
-        units, h, dy, other, w_out, alpha_S, phi_S, norm_sq, *energies, reconstruct
+        units, hidden_TP, dy, other, w_out, alpha_S, phi_S, norm_sq_P, *energies, reconstruct, h
     )
-    of_units = finish_units(units, partial, alpha_S, norm_sq, *energies, reconstruct)
+    of_units = finish_units(units, partial, alpha_S, norm_sq_P, *energies, reconstruct)
     dx = dense.project(units, dz, w_in, None)
     d_in = dense.weight_grad(units, dz, x, None, of_units.gain_in, w_in_SI[None])
     d_out = dense.weight_grad(

@@ -41,6 +41,7 @@ class Units:
         slots: P, a multiple of `align`.
         align: Isolated units begin at a multiple of this.
         joint: Whether a group shares one alpha, function, and isolated objective (wide chunks).
+        table: `ranges`, `unit_of` and `slot_of`, one after the other in one memory.
     """
 
     ranges: Tensor
@@ -51,11 +52,30 @@ class Units:
     slots: int
     align: int
     joint: bool
+    table: Tensor
 
     @property
     def row(self) -> int:
         """Slots of all groups: the row length of a `[T, slots]` buffer."""
         return self.groups * self.slots
+
+
+def num_slots(units: int, align: int, *, mixed: bool) -> int:
+    """Slots of a group: whole tiles, with `mixed` also where isolated units begin a new one."""
+    return -(-(units + (align - 1 if mixed else 0)) // align) * align
+
+
+def units_of_span(table: Tensor, units: int, align: int) -> Units:
+    """The plan of a span from its table.
+
+    Args:
+        table: `Units.table`, `[4 + P + N]`, int32.
+        units: N.
+        align: See `plan`.
+    """
+    slots = len(table) - NUM_RANGES.value - units
+    ranges, unit_of, slot_of = table.split((NUM_RANGES.value, slots, units))
+    return Units(ranges.view(1, -1), unit_of, slot_of, 1, units, slots, align, False, table)
 
 
 @triton.jit
@@ -153,18 +173,17 @@ def plan(
     """
     joint = hidden_S is not None
     groups = len(alpha_S) if joint else 1
-    mixed = align - 1 if learning_S is not None and not joint else 0
-    slots = triton.cdiv(units + mixed, align) * align
-    device = alpha_S.device
-    ranges = torch.empty(groups, NUM_RANGES.value, dtype=torch.int32, device=device)
-    unit_of = torch.empty(groups * slots, dtype=torch.int32, device=device)
-    slot_of = torch.empty(groups * units, dtype=torch.int32, device=device)
+    slots = num_slots(units, align, mixed=learning_S is not None and not joint)
+    sizes = groups * NUM_RANGES.value, groups * slots, groups * units
+    table = torch.empty(sum(sizes), dtype=torch.int32, device=alpha_S.device)
+    ranges, unit_of, slot_of = table.split(sizes)
     _plan[(groups,)](
         alpha_S, learning_S, hidden_S, ranges, unit_of, slot_of, units,
         P=slots, ALIGN=align, JOINT=joint, LEARNS=learning_S is not None,
         BLOCK=min(1024, triton.next_power_of_2(units)),
     )  # fmt: skip
-    return Units(ranges, unit_of, slot_of, groups, units, slots, align, joint)
+    ranges = ranges.view(groups, -1)
+    return Units(ranges, unit_of, slot_of, groups, units, slots, align, joint, table)
 
 
 @triton.jit

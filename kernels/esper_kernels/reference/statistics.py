@@ -21,12 +21,3 @@ def gradient_energy(dy_TD: Tensor) -> Tensor:
     """
     # scaled first: the gradient of a mean over many rows would underflow when squared
     return (dy_TD.float() * len(dy_TD)).square().mean(0)
-
-
-def chunk_moments(x_TD: Tensor, dy_TD: Tensor, num_seeds: int) -> tuple[Tensor, Tensor]:
-    """See `esper_kernels.chunk_moments`."""
-    dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    x_STC, dy_STC = (
-        t.to(dtype).unflatten(1, (num_seeds, -1)).transpose(0, 1) for t in (x_TD, dy_TD)
-    )
-    return x_STC.mT @ x_STC, x_STC.mT @ dy_STC
