@@ -1,5 +1,6 @@
 """Configuration of one run: a task, a host, where it may grow, and who decides."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,13 @@ class TrainConfig(Config):
     batch_size: PositiveInt | None = Field(None, description="None: the whole training set.")
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: PositiveFloat = 1e-3
+    warmup_steps: NonNegativeInt = Field(
+        0, description="Steps over which the learning rate rises linearly from 0."
+    )
+    decay: Literal["none", "cosine"] = Field(
+        "none", description="How the learning rate falls after the warm-up: not at all, or by "
+        "half a cosine to 0 at the last step.",
+    )  # fmt: skip
     weight_decay: float = Field(0.0, ge=0)
     interval_steps: PositiveInt = Field(100, description="Optimizer steps between two reports.")
 
@@ -47,7 +55,25 @@ class TrainConfig(Config):
                 f"steps must be a multiple of interval_steps ({self.interval_steps}), "
                 f"but got {self.steps}; change one of them."
             )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps must be less than the {self.steps} steps, "
+                f"but got {self.warmup_steps}; shorten the warm-up."
+            )
         return self
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step.
+
+        Args:
+            step: How many steps were taken before it.
+        """
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
+        if self.decay == "none":
+            return self.learning_rate
+        done = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
+        return self.learning_rate * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
 class GrowthConfig(Config):

@@ -13,7 +13,7 @@ seed, I = input features of a span, T = rows (batch x positions).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -218,73 +218,77 @@ class KasminaLayer(nn.Module):
         self.refresh()
 
     @torch.no_grad()
-    def on_enter(self, seed: int, state: SeedState, loss: float | None) -> None:
-        """What entering a stage does to one seed's data.
+    def on_enter(self, seeds: Sequence[int], stage: Stage, loss: float | None) -> None:
+        """What entering a stage does to the data of some seeds.
 
         Args:
-            seed: Which.
-            state: Its new state.
+            seeds: Which; a whole wave costs no more operations than one seed.
+            stage: Their new stage.
             loss: Last training loss, remembered when grafting begins.
         """
-        match state.stage:
+        rows = torch.as_tensor(seeds, device=self.alpha.device)
+        match stage:
             case Stage.GRAFTING:
-                self.progress[seed] = self.ramped_steps[seed] = 0
-                self.graft_loss[seed] = math.nan if loss is None else loss
+                self.progress[rows] = 0
+                self.ramped_steps[rows] = 0
+                self.graft_loss[rows] = math.nan if loss is None else loss
                 # the objective changes, so old moments would push in a stale direction
-                self._forget_moments(seed)
+                self._forget_moments(rows)
             case Stage.STABILIZATION:
-                self.progress[seed] = 1
-                self.alpha[seed] = 1
+                self.progress[rows] = 1
+                self.alpha[rows] = 1
             case Stage.CULLED | Stage.CANCELLED | Stage.ROLLED_BACK | Stage.DORMANT:
-                self.progress[seed] = 0
-                self.alpha[seed] = 0
+                self.progress[rows] = 0
+                self.alpha[rows] = 0
 
     @torch.no_grad()
     def initialise(
         self,
-        seed: int,
-        generator: torch.Generator,
+        generators: Mapping[int, torch.Generator],
         *,
         outgoing: bool = False,
-        units: tuple[Tensor, Tensor] | None = None,
+        units: Mapping[int, tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        """Fresh weights for one seed, as `torch.nn.Linear` draws them.
+        """Fresh weights for some seeds, as `torch.nn.Linear` draws them.
 
         Args:
-            seed: Which.
-            generator: CPU generator of all draws.
-            outgoing: False: outgoing weights 0, so that the seed changes nothing whatever alpha
+            generators: Seeds, each with the CPU generator of all its draws.
+            outgoing: False: outgoing weights 0, so that a seed changes nothing whatever alpha
                 is. True: random ones, for a topology that is trained from scratch.
-            units: Incoming weights `[C, n]` and biases `[n]` of its first n hidden units, in
-                place of drawn ones; of a span `[I, 1]` and `[1]`.
+            units: Of some of them, incoming weights `[C, n]` and biases `[n]` of the first n
+                hidden units, in place of drawn ones; of a span `[I, 1]` and `[1]`.
         """
+        seeds = list(generators)
+        used = self.hidden_used.tolist()
+        fans = [self.fan_in] * len(seeds), [max(1, used[s]) for s in seeds]
         for weights, fan, random in (
-            (self.w_in, self.fan_in, True),
-            (self.bias, self.fan_in, self.biased),
-            (self.w_out, max(1, int(self.hidden_used[seed])), outgoing),
+            (self.w_in, fans[0], True),
+            (self.bias, fans[0], self.biased),
+            (self.w_out, fans[1], outgoing),
         ):
-            bound = 1 / math.sqrt(fan) if random else 0.0
-            draw = torch.rand(weights.shape[1:], generator=generator, dtype=torch.float64)
             # every process draws all numbers, and one of them holds the seed
-            local, held = local_rows(weights)
-            if held.start <= seed < held.stop:
-                local[seed - held.start] = ((2 * draw - 1) * bound).to(local)
-        if units is not None:
-            for weights, chosen in zip((self.w_in, self.bias), units, strict=True):
-                local, held = local_rows(weights)
-                if held.start <= seed < held.stop:
-                    row = local[seed - held.start]
-                    if self.geometry == "span":
-                        row.copy_(chosen.reshape(row.shape))
-                    else:
-                        row[..., : chosen.shape[-1]] = chosen.to(row)
-        self.progress[seed] = 0
-        self.alpha[seed] = 0
-        self.graft_loss[seed] = math.nan
-        self._forget_moments(seed)
+            drawn = [
+                torch.rand(weights.shape[1:], generator=generator, dtype=torch.float64)
+                for generator in generators.values()
+            ]
+            bounds = [1 / math.sqrt(n) if random else 0.0 for n in fan]
+            fresh = [(2 * draw - 1) * bound for draw, bound in zip(drawn, bounds, strict=True)]
+            _put_rows(weights, dict(zip(seeds, fresh, strict=True)))
+        # blueprints may differ in how many units they use
+        by_count: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
+        for seed, unit in (units or {}).items():
+            by_count.setdefault(unit[0].shape[-1], {})[seed] = unit
+        for some in by_count.values():
+            for i, weights in enumerate((self.w_in, self.bias)):
+                _put_rows(weights, {seed: unit[i] for seed, unit in some.items()})
+        rows = torch.as_tensor(seeds, device=self.alpha.device)
+        self.progress[rows] = 0
+        self.alpha[rows] = 0
+        self.graft_loss[rows] = math.nan
+        self._forget_moments(rows)
 
-    def _forget_moments(self, seed: int) -> None:
-        self.fresh[:, seed] = True
+    def _forget_moments(self, rows: Tensor) -> None:
+        self.fresh[:, rows] = True
         self.any_fresh = True
 
     @torch.no_grad()
@@ -606,6 +610,23 @@ class KasminaLayer(nn.Module):
             f"{self.geometry}, seeds={self.num_seeds}, channels={self.channels}, "
             f"hidden={self.hidden}, grafted={grafted}"
         )
+
+
+def _put_rows(weights: Tensor, rows: Mapping[int, Tensor]) -> None:
+    """Replace rows by others, or their first columns by shorter ones; of those held here."""
+    local, held = local_rows(weights)
+    mine = [seed for seed in rows if held.start <= seed < held.stop]
+    if not mine:
+        return
+    at = torch.as_tensor([seed - held.start for seed in mine], device=local.device)
+    together = torch.stack([rows[seed] for seed in mine]).to(local)
+    if local.ndim < together.ndim:
+        # of a span, one unit has a last axis that its row lacks
+        together = together.squeeze(-1)
+    if local.ndim == 1:
+        local[at] = together
+    else:
+        local[at, ..., : together.shape[-1]] = together
 
 
 def _learning(stage: Stage) -> int:

@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import get_args
@@ -207,9 +207,7 @@ class Lattice:
                 if t.action.site == site:
                     states[t.action.seed] = t.after
             self.layer(site).write_states(states)
-        matched = self._match_waves(transitions)
-        for t in transitions:
-            self._enter(t, matched)
+        self._enter(transitions, self._match_waves(transitions))
         for layer in self._layers():
             if layer.ramping.any():
                 layer.set_paces(self._signals, self.growth)
@@ -265,7 +263,7 @@ class Lattice:
         names = tuple(BLUEPRINTS)
         states[seed] = SeedState(Stage.FINE_TUNING, names.index(blueprint))
         layer.write_states(states)
-        layer.initialise(seed, self._generator(site, seed), outgoing=True)
+        layer.initialise({seed: self._generator(site, seed)}, outgoing=True)
         with torch.no_grad():
             layer.alpha[seed] = layer.progress[seed] = 1
 
@@ -300,15 +298,24 @@ class Lattice:
         return [a.layer for a in self.attached.values()]
 
     def _enter(
-        self, transition: Transition, matched: dict[tuple[str, int], tuple[Tensor, Tensor]]
+        self,
+        transitions: Sequence[Transition],
+        matched: Mapping[tuple[str, int], tuple[Tensor, Tensor]],
     ) -> None:
-        action, after = transition.action, transition.after
-        layer = self.layer(action.site)
-        layer.on_enter(action.seed, after, self._signals.loss)
-        if after.stage is Stage.GERMINATED:
-            generator = self._generator(action.site, action.seed)
-            units = matched.get((action.site, action.seed))
-            layer.initialise(action.seed, generator, units=units)
+        """Do what the new stages ask for, to all seeds at once that enter the same one."""
+        # the moves of one seed keep their order; seeds do not depend on one another
+        moves: Counter[tuple[str, int]] = Counter()
+        waves: dict[tuple[int, str, Stage], list[int]] = {}
+        for t in transitions:
+            site, seed = t.action.site, t.action.seed
+            waves.setdefault((moves[site, seed], site, t.after.stage), []).append(seed)
+            moves[site, seed] += 1
+        for (_, site, stage), seeds in sorted(waves.items(), key=lambda wave: wave[0][0]):
+            layer = self.layer(site)
+            layer.on_enter(seeds, stage, self._signals.loss)
+            if stage is Stage.GERMINATED:
+                units = {seed: matched[site, seed] for seed in seeds if (site, seed) in matched}
+                layer.initialise({s: self._generator(site, s) for s in seeds}, units=units)
 
     def _require_measured(self, action: Germinate) -> None:
         wanted = self.growth.initialisation not in ("random", "net2net")

@@ -138,13 +138,13 @@ class Trainer:
         timed = steps - (self.cost.flops_per_step is None)
         total = torch.zeros((), device=self._train[0].device)
         started = time.perf_counter()
-        for _ in range(timed):
-            total += self._step()
+        for i in range(timed):
+            total += self._step(self.step + i)
         total.item()  # waits for the device
         # counting takes longer than a step does, so that step is taken to last as the others
         self.cost.seconds += (time.perf_counter() - started) * steps / max(timed, 1)
         if timed < steps:
-            total += self._counted_step()
+            total += self._counted_step(self.step + timed)
         self.step += steps
         assert self.cost.flops_per_step is not None
         self.cost.flops += steps * self.cost.flops_per_step
@@ -238,7 +238,7 @@ class Trainer:
         for site, attached in self.lattice.attached.items():
             attached.layer.write_states([state for (s, _), state in after.items() if s == site])
         for (site, seed), state in marked.items():
-            self.lattice.layer(site).on_enter(seed, state, None)
+            self.lattice.layer(site).on_enter([seed], state.stage, None)
         self.lattice.log += [*marks, *undone]
         self._changed(marks)
         return None if goal is None else goal.note
@@ -314,7 +314,10 @@ class Trainer:
             raise CollapseError(self.step, f"held-out loss {mean}")
         return losses
 
-    def _step(self) -> Tensor:
+    def _step(self, step: int) -> Tensor:
+        rate = self.config.rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         x, y = self._next_batch()
         self.optimizer.zero_grad()
         loss = self.data.losses(self.model(x), y).mean()
@@ -334,10 +337,10 @@ class Trainer:
         rows = rows.to(x.device)
         return x[rows], y[rows]
 
-    def _counted_step(self) -> Tensor:
+    def _counted_step(self, step: int) -> Tensor:
         """A training step whose floating point operations are counted."""
         with FlopCounterMode(display=False) as counter:
-            loss = self._step()
+            loss = self._step(step)
         self.cost.flops_per_step = float(counter.get_total_flops())
         return loss
 

@@ -53,6 +53,8 @@ def test_the_shipped_runs_are_valid(file):
          r"train\.optimizer must be 'adam', 'adamw' or 'sgd', but got 'adm'"),
         ({"train": {"steps": 130, "interval_steps": 50}},
          r"train: steps must be a multiple of interval_steps \(50\), but got 130"),
+        ({"train": {"steps": 100, "warmup_steps": 100}},
+         r"train: warmup_steps must be less than the 100 steps, but got 100"),
         ({"train": {"steps": 100, "learning_rate": -1}}, r"learning_rate must be greater than 0"),
         ({"train": {"steps": 100, "weight_decay": -1}}, r"weight_decay must be greater than or"),
         ({"growth": {"min_explained_frac": 1.5}}, r"min_explained_frac must be less than or equal"),

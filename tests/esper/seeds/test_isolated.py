@@ -215,8 +215,7 @@ def test_hundreds_of_seeds_learn_at_once(geometry, num_seeds):
     in_features = 16 if geometry == "span" else None
     layer = KasminaLayer(4 * num_seeds, num_seeds, geometry=geometry, in_features=in_features)
     layer.write_states([SeedState(Stage.TRAINING, blueprint_id("mlp_gelu"))] * num_seeds)
-    for seed in range(num_seeds):
-        layer.initialise(seed, torch.Generator().manual_seed(seed))
+    layer.initialise({seed: torch.Generator().manual_seed(seed) for seed in range(num_seeds)})
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
     source = torch.randn(64, 16)
     y = (source @ torch.randn(16, 4 * num_seeds)).requires_grad_()

@@ -464,10 +464,11 @@ def test_a_captured_step_lives_through_a_whole_lifecycle(ours):
                 for seed in range(0, 16, 3):
                     states[seed] = SeedState(stage, 2)
                 layer.write_states(states)
-                for seed in range(0, 16, 3):
-                    layer.on_enter(seed, states[seed], None)
-                    if stage is Stage.GERMINATED:
-                        layer.initialise(seed, torch.Generator().manual_seed(seed), outgoing=True)
+                seeds = range(0, 16, 3)
+                layer.on_enter(seeds, stage, None)
+                if stage is Stage.GERMINATED:
+                    drawn = {seed: torch.Generator().manual_seed(seed) for seed in seeds}
+                    layer.initialise(drawn, outgoing=True)
                 optimizer.param_groups[0]["lr"].fill_(0.01 * (1 + int(stage)))
             for step in range(6):
                 for layer in layers:

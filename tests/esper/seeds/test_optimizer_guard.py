@@ -264,10 +264,10 @@ def test_a_step_that_is_captured_decides_nothing_on_the_host(bench, monkeypatch,
     for stage in (Stage.TRAINING, Stage.GRAFTING, Stage.FINE_TUNING):
         for b, optimizer in zip((captured, eager), optimizers, strict=True):
             b.layer.write_states([SeedState(stage, 2), *b.layer.states()[1:]])
-            b.layer.on_enter(0, b.layer.states()[0], None)
+            b.layer.on_enter([0], stage, None)
             if stage is Stage.TRAINING:
                 b.lead(1, Stage.FOSSILIZED)
-                b.layer.initialise(0, torch.Generator().manual_seed(0), outgoing=True)
+                b.layer.initialise({0: torch.Generator().manual_seed(0)}, outgoing=True)
             for _ in range(12):
                 step(b, optimizer)
         rows = [rows_of(b.layer, o) for b, o in zip((captured, eager), optimizers, strict=True)]
@@ -410,7 +410,7 @@ def test_a_seed_woken_late_gets_the_bias_correction_of_its_own_age(kind):
         states = layer.states()
         states[seed] = awake
         layer.write_states(states)
-        layer.initialise(seed, generator, outgoing=True)
+        layer.initialise({seed: generator}, outgoing=True)
         for _ in range(steps):
             if seed == 1 and alone is None:
                 twin = torch.nn.Parameter(layer.w_in.detach()[1].clone())

@@ -106,6 +106,30 @@ def test_it_trains_as_a_plain_loop_does(optimizer):
     assert reports[1].held_out_loss == pytest.approx(held_out, rel=1e-6)
 
 
+def test_the_learning_rate_rises_and_falls_as_a_schedule_of_pytorch_does():
+    config = {"learning_rate": 0.1, "warmup_steps": 4, "decay": "cosine", "interval_steps": 5}
+    trained = trainer(host(), steps=20, **config)
+    schedules = torch.optim.lr_scheduler
+    theirs = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    rise = schedules.LinearLR(theirs, start_factor=0.2, total_iters=4)
+    fall = schedules.CosineAnnealingLR(theirs, T_max=16)
+    schedule = schedules.SequentialLR(theirs, [rise, fall], milestones=[4])
+    rates, wanted = [], []
+    trained.optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+    for _ in range(4):
+        trained.run_interval()
+    for _ in range(20):
+        wanted += schedule.get_last_lr()
+        theirs.step()
+        schedule.step()
+    assert rates == pytest.approx(wanted, abs=1e-12)
+    assert rates[4] == 0.1
+
+
+def test_without_a_schedule_the_learning_rate_stays():
+    assert {TrainConfig(steps=100, learning_rate=0.3).rate(step) for step in range(200)} == {0.3}
+
+
 def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not():
     def run(seed):
         model = host()
