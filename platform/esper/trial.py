@@ -5,6 +5,7 @@ The only place where trainer and controller meet. It knows nothing of Ray.
 
 import dataclasses
 import math
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from esper.config.run import Plugin, RunConfig
 from esper.controller import CONTROLLERS, Controller, GrowthEvent, Shield
 from esper.controller.base import ControllerOptions, GrowingOptions, memory_of
 from esper.controller.replay import Replay
-from esper.evidence.records import Fingerprint, TransitionRecord, TrialRecord
+from esper.evidence.records import Fingerprint, FlagsRecord, TransitionRecord, TrialRecord
 from esper.registry import Registry, UnknownNameError
+from esper.release.choice import read_choice
 from esper.seeds.actions import Action, Rollback
 from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
@@ -125,6 +127,10 @@ class Trial:
             graft = brain.graft if isinstance(brain, GrowingOptions) else "linear"
             self.controller = Shield(Replay(commanded(replayed, graft)))
         self.curves: dict[str, list[float]] = {}
+        # what ruled each interval so far
+        self._ruled: list[FlagsRecord] = []
+        self.trainer.execute(config.execution)
+        self._flags = self._read_flags()
         self._losses = LossHistory()
         self._collapse: CollapseError | None = None
 
@@ -146,6 +152,10 @@ class Trial:
 
         Returns:
             The latest value of every curve.
+
+        Raises:
+            ConfigError: If the run's flags cannot be read; no interval was begun with them, and
+                the call may be repeated.
         """
         deadline = time.monotonic() + seconds
         while not self.done:
@@ -154,7 +164,20 @@ class Trial:
                 break
         return {name: values[-1] for name, values in self.curves.items()}
 
+    def _read_flags(self) -> FlagsRecord | None:
+        """The flags for one interval, put into force; None if the run names none."""
+        if self.config.flags is None:
+            return None
+        config = self.config
+        found = read_choice(self.config.flags, config.device, config.execution, os.environ)
+        self.trainer.execute(found.execution)
+        self.controller.closed = None if found.grows else (
+            f"the flag kasmina.lifecycle is off for '{self.config.flags.model}'"
+        )  # fmt: skip
+        return found
+
     def _interval(self) -> None:
+        self._flags = self._read_flags()
         report, collapse = None, None
         # nothing is measured for a controller that will not germinate
         self.trainer.measures = self.controller.may_grow(self.trainer.lattice.interval + 1)
@@ -225,6 +248,8 @@ class Trial:
         for name, value in point.items():
             # a value that was not measured is recorded as such, so that all curves have one length
             self.curves.setdefault(name, []).append(math.nan if value is None else float(value))
+        if self._flags is not None:
+            self._ruled.append(self._flags)
 
     def _insertion_health(self, report: Report) -> float | None:
         """Median gradient of seeds grafted at most 100 steps ago over the host's; None if none."""
@@ -257,6 +282,7 @@ class Trial:
             "controller": self.controller.state_dict(),
             "losses": dataclasses.asdict(self._losses),
             "curves": self.curves,
+            "flags": [ruled.model_dump(mode="json") for ruled in self._ruled],
             "collapse": None if self._collapse is None else self._collapse.args,
         }
         write_checkpoint(Path(folder), tensors, content)
@@ -288,6 +314,10 @@ class Trial:
             for k in ("followed", "replayed")
         }
         trial = cls(validate(RunConfig, saved["config"], source=str(folder)), spec, **records)
+        trial._ruled = [FlagsRecord.model_validate(ruled) for ruled in saved.get("flags", ())]
+        if trial._ruled:
+            # as when it was saved: the costs that are restored are those of this way to compute
+            trial.trainer.execute(trial._ruled[-1].execution)
         checkpoint.unpack(folder, manifest, tensors, trial.trainer)
         trial.controller.load_state_dict(saved["controller"])
         trial.curves, trial._losses = saved["curves"], _losses_of(saved["losses"])
@@ -322,6 +352,7 @@ class Trial:
             collapse_reason=None if self._collapse is None else str(self._collapse),
             metrics=self._final_metrics(),
             curves=self.curves,
+            flags=None if self.config.flags is None else self._ruled,
             transitions=[_record(t) for t in lattice.log],
             sites={name: a.layer.num_seeds for name, a in lattice.attached.items()},
         )

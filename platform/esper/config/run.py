@@ -8,6 +8,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from esper.config.base import Config, read_yaml, validate
 
+Execution = Literal["kernels", "vectorised", "loop"]
+
 
 class Plugin(Config):
     """A registered name with its own options, which that plug-in checks."""
@@ -170,6 +172,16 @@ class GrowthConfig(Config):
         return self
 
 
+class FlagsConfig(Config):
+    """Which flags a run reads, and as whom it asks."""
+
+    file: Path = Field(description="File of flags, from the folder in which the run is started.")
+    model: str = Field(min_length=1, description="Name of the model, which shares and lists mean.")
+    environment: str | None = Field(
+        None, description="None: the one that ESPER_ENVIRONMENT names, if any."
+    )
+
+
 class RunConfig(Config):
     """Everything that one run depends on, except its random seed."""
 
@@ -190,6 +202,16 @@ class RunConfig(Config):
         0, description="Added to the pair's seed of this arm alone; for A/A runs only."
     )
     device: str = "cpu"
+    execution: Execution = Field(
+        "kernels",
+        description="How seeds are computed: all at once by kernels where there are any, all at "
+        "once in plain PyTorch, or one after another as the legacy layer does.",
+    )
+    flags: FlagsConfig | None = Field(
+        None,
+        description="Flags that decide before every interval how seeds are computed and whether "
+        "new ones are woken; None: none are read.",
+    )
     plugins: tuple[str, ...] = Field((), description="Modules to import: they register plug-ins.")
 
     @model_validator(mode="after")

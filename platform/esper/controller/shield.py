@@ -34,12 +34,14 @@ class Shield:
     Attributes:
         vetoes: Everything that was not let through, so far.
         incidents: Times the run broke and went back, so far.
+        closed: Why nothing may be germinated now; None if it may.
     """
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
         self._failures = 0
         self.incidents = 0
+        self.closed: str | None = None
         self.vetoes: list[Veto] = []
 
     def decide(self, report: Report) -> list[Action]:
@@ -64,7 +66,7 @@ class Shield:
 
     def may_grow(self, interval: int) -> bool:
         """Whether the wrapped controller may germinate then."""
-        return may_grow(self._controller, interval)
+        return self.closed is None and may_grow(self._controller, interval)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped controller's memory, and everything of its own."""
@@ -120,6 +122,8 @@ class Shield:
 
     def _germination(self, report: Report, action: Germinate) -> str | None:
         site, growth = report.site(action.site), report.growth
+        if self.closed is not None:
+            return self.closed
         if action.blueprint not in site.seed_parameters:
             return f"blueprint '{action.blueprint}' does not fit a {site.geometry} site"
         if self._failures >= growth.max_failures:

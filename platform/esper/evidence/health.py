@@ -130,6 +130,36 @@ def check_fingerprint(records: Sequence[TrialRecord], registration: Registration
     return reasons
 
 
+def check_flags(records: Sequence[TrialRecord], comparison: Comparison) -> list[str]:
+    """All trials of the two arms that read flags read one state of them, in every interval.
+
+    What the flags chose may differ, where arms ask as different models.
+    """
+    reasons = []
+    compared = [r for side in sides_of(comparison) for r in runs_of(records, side)]
+    for arm in sides_of(comparison):
+        runs = runs_of(records, arm)
+        without = [r.trial_id for r in runs if r.flags is None]
+        if without and len(without) < len(runs):
+            reasons.append(f"{len(without)} trials of '{arm}' name no flags: {_named(without)}.")
+    gaps = [
+        r.trial_id for r in compared if r.flags is not None and len(r.flags) != _intervals_of(r)
+    ]
+    if gaps:
+        reasons.append(f"{len(gaps)} trials have intervals without flags: {_named(gaps)}.")
+    states = {ruled.hash for r in compared for ruled in r.flags or ()}
+    if len(states) > 1:
+        reasons.append(
+            f"The trials ran under {len(states)} states of the flags: {_named(states)}; a flag was "
+            "changed meanwhile, or the arms name different files or environments."
+        )
+    return reasons
+
+
+def _intervals_of(record: TrialRecord) -> int:
+    return len(record.curves.get("step", ()))
+
+
 def check_seeds(
     records: Sequence[TrialRecord],
     comparison: Comparison,
@@ -263,6 +293,7 @@ def unhealthy_reasons(
         *check_pairing(records, registration, comparison),
         *check_split(runs_by_arm),
         *check_fingerprint(records, registration),
+        *check_flags(records, comparison),
         *check_seeds(records, comparison, salted_arms),
         *check_order(records, comparison, dependent_arms),
         *(reason for metric in metrics for reason in check_metric(records, comparison, metric)),

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from esper.atomic import write_atomically
+from esper.config.run import Execution
 from esper.config.sweep import Question
 
 
@@ -30,6 +31,14 @@ class TransitionRecord(Record):
     after: str
     blueprint: str
     reason: str
+
+
+class FlagsRecord(Record):
+    """The flags that were in force in one interval, and what they chose."""
+
+    hash: str = Field(description="Of the snapshot, as `esper flags list` prints it.")
+    execution: Execution
+    grows: bool = Field(description="Whether new seeds could be woken.")
 
 
 class Fingerprint(Record):
@@ -62,6 +71,11 @@ class TrialRecord(Record):
     )
     curves: dict[str, list[float]] = Field(
         description="One list a metric, all as long as 'step': one value an interval."
+    )
+    flags: list[FlagsRecord] | None = Field(
+        None,
+        description="What ruled each interval, one a point of the curves; None: no flags were "
+        "read, in a run that names none.",
     )
     transitions: list[TransitionRecord]
     sites: dict[str, int] = Field(description="Number of seeds of each lattice site.")

@@ -14,14 +14,14 @@ seed, I = input features of a span, T = rows (batch x positions).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from esper.config.run import GrowthConfig
-from esper.seeds import optimizer_guard, telemetry
+from esper.config.run import Execution, GrowthConfig
+from esper.seeds import loop, optimizer_guard, telemetry
 from esper.seeds.blueprints import BLUEPRINTS, Blueprint, Geometry
 from esper.seeds.grafting import GRAFTS, GraftSignals
 from esper.seeds.local_rows import local_rows, whole
@@ -52,7 +52,6 @@ class _Options(TypedDict):
     probe: Tensor | None
     objective: Objective
     observe: bool
-    plain: bool
 
 
 class _Alongside(Function):
@@ -88,10 +87,11 @@ class KasminaLayer(nn.Module):
         biased: Whether hidden units have a bias; without one it stays 0 and is no parameter.
         dtype: Of the pool; at least fp32.
         device: Of everything.
+        execution: How the seeds are computed; see `execution`.
 
     Raises:
-        ValueError: If the channels are not divisible by the seeds, a size is less than 1, or an
-            argument is missing.
+        ValueError: If the channels are not divisible by the seeds, a size is less than 1, an
+            argument is missing, or the execution is unknown.
     """
 
     w_in: nn.Parameter
@@ -126,8 +126,10 @@ class KasminaLayer(nn.Module):
         biased: bool = True,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        execution: Execution = "kernels",
     ) -> None:
         super().__init__()
+        self.execution = execution
         if num_seeds < 1:
             raise ValueError(f"seeds_per_layer must be at least 1, but got {num_seeds}.")
         if hidden is not None and hidden < 1:
@@ -197,6 +199,25 @@ class KasminaLayer(nn.Module):
             "learning": torch.zeros(S, dtype=torch.int32),
         }.items():
             self.register_buffer(name, fill.to(device), persistent=False)
+
+    @property
+    def execution(self) -> Execution:
+        """How the seeds are computed; all three give the same values within rounding.
+
+        'kernels': all at once, by Triton where there is a GPU, else in plain PyTorch.
+        'vectorised': all at once, in plain PyTorch on every device.
+        'loop': one awake seed after another, as the legacy layer does; not in a compiled model.
+
+        It may be changed between any two passes: weights, state and telemetry are the same.
+        """
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: Execution) -> None:
+        if execution not in get_args(Execution):
+            names = ", ".join(get_args(Execution))
+            raise ValueError(f"execution must be one of {names}, but got '{execution}'.")
+        self._execution: Execution = execution
 
     def pool(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
         """Incoming weights, biases and outgoing weights of all seeds, seeds first."""
@@ -352,11 +373,17 @@ class KasminaLayer(nn.Module):
             layout.
 
         Raises:
-            ValueError: If the channels or the positions do not fit the layer.
+            ValueError: If the channels or the positions do not fit the layer, or a loop is to be
+                compiled or captured.
         """
         self._check(output)
         learning = self.training and torch.is_grad_enabled()
         if torch.compiler.is_compiling() or _is_captured(output):
+            if self._execution == "loop":
+                raise ValueError(
+                    "execution must be 'kernels' in a compiled model or a CUDA graph, but got "
+                    "'loop', which asks the device which seeds are awake; set layer.execution."
+                )
             # no flag that a stage change moves may be read: it would be compiled in
             return self._run(output, source, learning, observe=learning)
         self._seen = self._seen or learning
@@ -380,14 +407,18 @@ class KasminaLayer(nn.Module):
             learns = learns * (learns == TASK)
         options = _Options(
             learning_S=learns, probe=self.probe if learning else None, objective=self.objective,
-            observe=observe, plain=self._plain,
+            observe=observe,
         )  # fmt: skip
+        plain = self._plain or self._execution == "vectorised"
+        seeds = *self._weights(), self.alpha, self.phi
         if self.geometry == "chunk":
-            return chunk_seeds(
-                rows, *self._weights(), self.alpha, self.phi, self.hidden_used, **options
-            )
+            if self._execution == "loop":
+                return loop.chunk_seeds(rows, *seeds, self.hidden_used, **options)
+            return chunk_seeds(rows, *seeds, self.hidden_used, **options, plain=plain)
         x = self._source_rows(source)
-        return span_seeds(x, rows, *self._weights(), self.alpha, self.phi, **options)
+        if self._execution == "loop":
+            return loop.span_seeds(x, rows, *seeds, **options)
+        return span_seeds(x, rows, *seeds, **options, plain=plain)
 
     def _may_blend(self) -> bool:
         """False if every alpha is 0, as in a ramp's first step; a GPU is not asked."""
@@ -402,16 +433,18 @@ class KasminaLayer(nn.Module):
 
     def _watch(self, output: Tensor, observe: bool) -> Tensor:
         """Gather statistics while no seed is awake; returns the output, ready for its gradient."""
-        y = output
+        y, plain = output, self._execution != "kernels"
         if not y.requires_grad:
             # behind a frozen host nothing asks for this gradient but the score of the seeds
             y = y.detach().requires_grad_().clone()
         if observe:
-            telemetry.add_activations(self._told(), self.rows(output))
+            telemetry.add_activations(self._told(), self.rows(output), plain=plain)
             if y._is_view():
                 # a module that works in place on a view would take the hook away with its history
                 y = y.clone()
-            y.register_hook(lambda dy: telemetry.add_gradient(self._told(), self.rows(dy)))
+            y.register_hook(
+                lambda dy: telemetry.add_gradient(self._told(), self.rows(dy), plain=plain)
+            )
         return y
 
     def _check(self, output: Tensor) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from esper.seeds import kasmina
 from esper.seeds.blueprints import BLUEPRINTS
+from esper.seeds.loop import seed_output
 from esper.seeds.state import Stage
-from esper_kernels import PHI, Phi
 
 
 class SeedLifecycleState(IntEnum):
@@ -53,12 +53,8 @@ class _Seed(nn.Module):
         self.blueprint = BLUEPRINTS["noop"]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.blueprint.phi == Phi.DIAGONAL:
-            return x * self.w2[0] + self.w2[1]
         used = self.blueprint.hidden(self.b1.shape[0])
-        h = PHI[self.blueprint.phi](x @ self.w1 + self.b1)
-        y: Tensor = h[..., :used] @ self.w2[:used]
-        return y
+        return seed_output(x, self.w1, self.b1, self.w2, self.blueprint.phi, used)
 
 
 class KasminaLayer(nn.Module):

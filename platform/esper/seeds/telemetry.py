@@ -16,6 +16,7 @@ from torch import Tensor
 
 from esper.seeds.blueprints import Geometry
 from esper_kernels import column_statistics, gradient_energy, probe_size
+from esper_kernels.reference import statistics as reference
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,23 @@ def told(probe: Tensor, channels: int, num_seeds: int) -> Told:
 
 
 @torch.no_grad()
-def add_activations(told: Told, rows_TD: Tensor) -> None:
-    """Gather the statistics of one pass, seen without an operator in its way."""
-    told.activations.add_(column_statistics(rows_TD).view(-1))
+def add_activations(told: Told, rows_TD: Tensor, *, plain: bool = False) -> None:
+    """Gather the statistics of one pass, seen without an operator in its way.
+
+    Args:
+        told: Where.
+        rows_TD: Activations.
+        plain: Whether plain PyTorch must do.
+    """
+    statistics = reference.column_statistics if plain else column_statistics
+    told.activations.add_(statistics(rows_TD).view(-1))
     told.rows.add_(len(rows_TD))
 
 
 @torch.no_grad()
-def add_gradient(told: Told, dy_TD: Tensor) -> None:
-    """Gather the gradient energy of one such pass."""
-    told.energy.add_(gradient_energy(dy_TD))
+def add_gradient(told: Told, dy_TD: Tensor, *, plain: bool = False) -> None:
+    """Gather the gradient energy of one such pass; arguments as for `add_activations`."""
+    told.energy.add_((reference.gradient_energy if plain else gradient_energy)(dy_TD))
     told.passes.add_(1)
 
 

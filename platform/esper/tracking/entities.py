@@ -61,6 +61,10 @@ def trial_tags(record: TrialRecord) -> dict[str, str]:
             "collapse_reason": record.collapse_reason,
             NOTE_TAG: f"**Collapsed**: {record.collapse_reason}",
         }
+    if record.flags is not None:
+        # in their order; which interval had which is in the record
+        tags["flags_hash"] = ",".join(dict.fromkeys(ruled.hash for ruled in record.flags))
+        tags["execution"] = ",".join(dict.fromkeys(ruled.execution for ruled in record.flags))
     broken = _nonfinite(record)
     return tags | ({"nonfinite": broken} if broken else {})
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from esper.config.run import TrainConfig
+from esper.config.run import Execution, TrainConfig
 from esper.seeds.actions import Action, Rollback
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.lifecycle import Transition
@@ -119,6 +119,14 @@ class Trainer:
         self.measures = True
         # what a rollback may go back to, oldest first
         self.past: list[Snapshot] = []
+
+    def execute(self, execution: Execution) -> None:
+        """Choose how the seeds are computed from the next step on; nothing else changes."""
+        for attached in self.lattice.attached.values():
+            if attached.layer.execution != execution:
+                attached.layer.execution = execution
+                # another way to compute takes another number of operations
+                self.cost.flops_per_step = None
 
     def run_interval(self, steps: int | None = None) -> Report:
         """Train for some steps and report.

@@ -9,6 +9,7 @@ import pytest
 
 from esper.config.sweep import Comparison, Guardrail
 from esper.evidence.health import check_split, unhealthy_reasons
+from esper.evidence.records import FlagsRecord
 from esper.evidence.verdict import judge
 
 VALUES = {
@@ -34,6 +35,21 @@ def other(sweep, **update):
     return sweep.records[0].fingerprint.model_copy(update=update)
 
 
+def flagged(sweep, **arms):
+    """The same sweep with flags read in its one interval: arm to hash and execution."""
+    records = [
+        r.model_copy(
+            update={
+                "curves": {"step": [10.0]},
+                "flags": [FlagsRecord(hash=arms[r.arm][0], execution=arms[r.arm][1], grows=True)],
+            }
+        )
+        for r in sweep.records
+    ]
+    return type(sweep)(records, sweep.registration)
+
+
+SAME = {"grown": ("f1", "kernels"), "host": ("f1", "loop")}
 BREAKS: dict[str, tuple[Callable, str]] = {
     "missing": (lambda s: s.without("host-003"), r"1 of 24 runs left no record: host-003"),
     "twice": (
@@ -87,6 +103,24 @@ BREAKS: dict[str, tuple[Callable, str]] = {
     "nan": (
         lambda s: s.change("host-003", metrics=metrics(s, "host-003", score=math.nan)),
         "1 finished runs have no finite 'score'.*host-003",
+    ),
+    "flags": (
+        lambda s: flagged(s, grown=("f1", "loop"), host=("f2", "loop")),
+        "2 states of the flags: f1, f2",
+    ),
+    "flags changed": (
+        lambda s: flagged(s, **SAME).change(
+            "host-003", flags=[FlagsRecord(hash="f3", execution="loop", grows=True)]
+        ),
+        "2 states of the flags: f1, f3",
+    ),
+    "flags of an interval": (
+        lambda s: flagged(s, **SAME).change("host-003", flags=[]),
+        "1 trials have intervals without flags: host-003",
+    ),
+    "flags of a trial": (
+        lambda s: flagged(s, **SAME).change("host-003", flags=None),
+        "1 trials of 'host' name no flags: host-003",
     ),
     "huge": (
         lambda s: s.change("host-003", metrics=metrics(s, "host-003", score=1e200)),
@@ -226,3 +260,7 @@ def test_numbers_of_a_healthy_sweep_agree_with_numpy(healthy) -> None:
     d = np.array(VALUES["grown"]) - np.array(VALUES["host"])
     assert verdict.differences == d.tolist()
     assert verdict.mean_difference == d.mean()
+
+
+def test_arms_may_be_chosen_by_the_same_flags(healthy):
+    assert flagged(healthy, **SAME).primary().verdict == "WIN"
