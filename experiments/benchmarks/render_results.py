@@ -15,8 +15,8 @@ written by `esper ab configs/sweeps/NAME.yaml --json docs/results/NAME.json`; th
 it again. Means are over pairs of random seeds; FLOPs and seconds of training include what growing
 took. Every sweep's file says what its arms are, and on which seeds its settings were chosen. In
 sweeps of commits before 61de9e8, the FLOPs of choosing matched units are missing (docs/log.md,
-2026-11-23). `ab_gpt_growth` ran on two H200 with ten trials on each, `ab_mnist1d` on that machine's 32
-cores (Python 3.12, torch 2.11), all others on two cores (Python 3.11, torch 2.13); seconds are
+2026-11-23). `ab_gpt_growth` ran on two H200 with ten trials on each, `ab_mnist1d` on that machine's
+32 cores (Python 3.12, torch 2.11), all others on two cores (Python 3.11, torch 2.13); seconds are
 comparable within a sweep only.
 """
 COLUMNS = ("arm", "mean", "sd", "worst", "parameters", "steps", "training MFLOP", "seconds")
