@@ -151,7 +151,8 @@ def main(arguments: Sequence[str]) -> None:
 
     # the processes of a block load their libraries side by side, and measure one after the other
     print(READY, flush=True)
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        raise SystemExit("whoever asked is gone; nothing was measured.")
     write_json(result_path, arm(request) if request.kind == "arm" else facts(request.config))
 
 
