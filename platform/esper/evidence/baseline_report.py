@@ -18,6 +18,7 @@ from esper.evidence.baseline_stats import (
     effects,
     health,
     level,
+    margin_of,
     noise,
     quantities,
 )
@@ -66,11 +67,29 @@ def comparison(
         f"The reference workload changed by {drift(old, new):+.1%} from one to the other. The two "
         "were not interleaved, so that every difference holds what the machine did in between.",
         *_versions(old, new),
+        *_unknown(old, judged),
         *(f"UNHEALTHY: {reason}" for reason in reasons),
     ]
     sections = [Section("Two baselines", tuple(text))]
     sections += [_effects(c.implementation, "before", c.effects) for c in judged]
     return sections
+
+
+def _unknown(old: Baseline, judged: Sequence[Comparison]) -> list[str]:
+    """What would be judged, had anybody measured it."""
+    told = {(c.implementation, e.metric) for c in judged for e in c.effects}
+    lacking = [
+        m
+        for c in judged
+        for m, found in old.of(c.implementation)[0].metrics.items()
+        if margin_of(m) is not None and found.value is None and (c.implementation, m) not in told
+    ]
+    if not lacking:
+        return []
+    return [
+        f"{len(lacking)} judged metrics are absent from both, and nothing is said about them: "
+        f"{', '.join(sorted(set(lacking)))}."
+    ]
 
 
 def _versions(old: Baseline, new: Baseline) -> list[str]:

@@ -488,7 +488,8 @@ def _changed_bits(config: BaselineConfig) -> int:
     model.eval()
     after = model(x)
     lattice.detach()
-    differing = (model(x).view(torch.int32) ^ after.view(torch.int32)).cpu().numpy()
+    differing = model(x).view(torch.int32) ^ after.view(torch.int32)
+    differing = differing[differing != 0].cpu().numpy()
     return int(np.unpackbits(differing.view(np.uint8)).sum())
 
 
