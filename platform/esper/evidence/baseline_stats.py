@@ -46,6 +46,8 @@ MAX_CLIFF = 1.3
 # of the share over the limit, where P99 lies on a cliff
 MARGIN_OVER_LIMIT_POINTS = 1.0
 MAX_DRIFT_FRAC = 0.03
+# of the time in which a process of one thread had its CPU
+MIN_CPU_PERCENT = 95.0
 REPETITIONS = 400
 RESAMPLES = 9_999
 
@@ -114,6 +116,13 @@ def health(baseline: Baseline) -> list[str]:
     early = [a for a in baseline.arms if a.started_at <= plan.registered_at]
     if early:
         reasons.append(f"{len(early)} processes started before the question was written down.")
+    for name in plan.config.implementations:
+        share = level(baseline, name, "cpu_share_percent").value
+        if share is not None and share < MIN_CPU_PERCENT:
+            reasons.append(
+                f"processes of {name} had a CPU for {share:.0f} % of the time, at least "
+                f"{MIN_CPU_PERCENT:.0f} % is needed: other programs ran beside them."
+            )
     first = plan.config.implementations[0]
     for other in plan.config.implementations[1:]:
         pairs = _pairs(baseline, other, first)

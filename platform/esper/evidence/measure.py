@@ -39,6 +39,8 @@ CONFIDENCE = 0.95
 THROUGHPUT_SHARE = 4
 REFERENCE_SIZE = {"cpu": 384, "cuda": 4096}
 REFERENCE_REQUESTS = 20
+# products a request: as long as a slow request, or the scheduler's slices would go unseen
+REFERENCE_PRODUCTS = 20
 DECISIONS = 9
 READY = "ready"
 _RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
@@ -168,6 +170,7 @@ def arm(request: Request) -> ArmRecord:
         "active_seeds": present(built.active, "count"),
     }
     loops = []
+    walls, cpus = time.perf_counter(), time.process_time()
     for mode, sizes in config.workload.loops.items():
         built.model.train(mode == "step")
         call = built.step if mode == "step" else partial(_forward, built)
@@ -178,6 +181,9 @@ def arm(request: Request) -> ArmRecord:
             metrics |= found
             if mode == "forward":
                 metrics |= _device_times(request, built, xs, batch)
+    metrics["cpu_share_percent"] = _cpu_share(
+        config, time.process_time() - cpus, time.perf_counter() - walls
+    )
     metrics |= _busy(config, built, max(config.workload.loops["step"]))
     metrics |= _decisions(config, built)
     metrics |= _memory(config)
@@ -209,9 +215,13 @@ def _reference(config: BaselineConfig) -> list[float]:
     size = REFERENCE_SIZE[config.device]
     dtype = torch.bfloat16 if config.device == "cuda" else torch.float32
     x = torch.ones(size, size, device=config.device, dtype=dtype)
-    for _ in range(3):
-        _wall_s(x.matmul, x)
-    return [_wall_s(x.matmul, x) for _ in range(REFERENCE_REQUESTS)]
+
+    def products(x: Tensor) -> None:
+        for _ in range(REFERENCE_PRODUCTS):
+            x.matmul(x)
+
+    _wall_s(products, x)
+    return [_wall_s(products, x) for _ in range(REFERENCE_REQUESTS)]
 
 
 def warm_up(call: Callable[[int], float], window: int, limits: WarmUp) -> tuple[int, bool]:
@@ -332,6 +342,13 @@ def _device_times(
     cold = time_cold(calls, budget_s=0.05).p50 / 1e3
     replayed = time_replayed(calls, budget_s=0.05).p50 / 1e3
     return {names[0]: present(cold, "ms"), names[1]: present(replayed, "ms")}
+
+
+def _cpu_share(config: BaselineConfig, cpu_s: float, wall_s: float) -> Measured:
+    """How much of the time the process had its CPU; what is missing went to other programs."""
+    if config.device != "cpu" or config.threads > 1:
+        return absent("percent", "it is told for one thread on a CPU alone")
+    return present(100 * cpu_s / wall_s, "percent")
 
 
 def _busy(config: BaselineConfig, built: Built, batch: int) -> dict[str, Measured]:

@@ -54,11 +54,12 @@ def plant(template, *, seed=0, factors=None, machine=None, noise=NOISE, **change
     machine = machine or template.machine
     arms = []
     for i, place in enumerate(places(config)):
-        factor = (factors or {}).get(place.implementation, {})
+        factor = {"cpu_share_percent": 9.9} | (factors or {}).get(place.implementation, {})
         metrics = dict(template.metrics)
         for name, unit in [(n, "ms") for n in LATENCIES] + [
             ("forward_b1_throughput", "samples/s"), ("step_b1_throughput", "samples/s"),
             ("cpu_memory_peak_bytes", "bytes"), ("reference_ms", "ms"),
+            ("cpu_share_percent", "percent"),
         ]:  # fmt: skip
             value = 10 * factor.get(name, 1.0) * math.exp(noise * rng.normal())
             metrics[name] = present(value, unit)
@@ -109,7 +110,7 @@ def test_a_baseline_is_measured_resumed_and_read_again(tmp_path):
     made = run(config, tmp_path, grow=no_growth, say=told.append)
     assert "2 of 2 done" in told[-1]
     assert read(tmp_path) == made
-    assert health(made) == []
+    assert all("CPU" in reason for reason in health(made))
     assert [a.order for a in made.of("kasmina")] in ([0, 1, 0, 1], [0, 1, 1, 0],
                                                      [1, 0, 0, 1], [1, 0, 1, 0])  # fmt: skip
     assert made.facts["dormant_changed_bits"].value == 0
@@ -300,6 +301,14 @@ def test_a_drift_of_the_reference_beside_one_arm_is_unhealthy(template):
     slow = plant(template, factors={"kasmina": {"reference_ms": 1.05}})
     assert "the reference workload was +" in health(slow)[0]
     assert health(plant(template)) == []
+
+
+def test_a_machine_that_was_busy_with_other_things_is_unhealthy(template):
+    made = plant(template, factors={"legacy": {"cpu_share_percent": 8.0}})
+    assert health(made) == [
+        "processes of legacy had a CPU for 80 % of the time, at least 95 % is needed: other "
+        "programs ran beside them."
+    ]
 
 
 def test_code_that_changed_on_the_way_is_unhealthy(template):
