@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,7 +151,7 @@ def main(arguments: Sequence[str]) -> None:
     request = Request.model_validate_json(request_path.read_text(encoding="utf-8"))
     torch.set_num_threads(request.config.threads)
     # the first optimizer would import it in the middle of a measurement
-
+    import_module("torch._dynamo")
     # the processes of a block load their libraries side by side, and measure one after the other
     print(READY, flush=True)
     if not sys.stdin.readline():

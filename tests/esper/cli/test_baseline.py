@@ -1,5 +1,6 @@
 """`esper baseline` from the command line: exit codes, messages, reports, and what gates read."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -27,6 +28,14 @@ TARGETS = ("--targets", CONFIGS / "phases.yaml")
 
 def esper(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap():
+    """statsmodels' Holm collects garbage at every call: half a second over all of torch."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
