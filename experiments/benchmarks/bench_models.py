@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from gpt import GPT, Size, make_optimizer
 from torch import Tensor, nn
-from utilisation import Utilisation
 
 import esper
+from esper.evidence.utilisation import Utilisation
 from esper.seeds import legacy
 from esper.seeds.blueprints import BLUEPRINTS, blueprint_id
 from esper.seeds.kasmina import KasminaLayer

@@ -9,10 +9,10 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 DISTRIBUTION = "esper-morphogenetic"
 PACKAGES = ("esper", "esper_kernels", "esper_experiments", "esper_serve")
@@ -29,6 +29,20 @@ class Facts(TypedDict):
     commit: str | None
     versions: dict[str, str]
     device: str
+
+
+class MachineFacts(TypedDict):
+    """What the speed of a program depends on besides the code; None: not to be found out."""
+
+    device: str
+    cpu: str
+    num_cpus: int
+    memory_bytes: int
+    max_cpu_mhz: float | None
+    driver: str | None
+    cuda: str | None
+    max_sm_mhz: float | None
+    max_gpu_memory_mhz: float | None
 
 
 def fingerprint(device: str = "cpu") -> Facts:
@@ -105,6 +119,23 @@ def is_dirty(folder: Path = _HERE) -> bool | None:
     return bool(_git(folder, "status", "--porcelain"))
 
 
+def dirty_hash(folder: Path = _HERE) -> str | None:
+    """sha256 (hex) over everything in which the checkout differs from its commit.
+
+    New files are included. None where it does not differ, and where `commit` is None.
+    """
+    if not is_dirty(folder):
+        return None
+    root = Path((_git(folder, "rev-parse", "--show-toplevel") or "").strip())
+    digest = hashlib.sha256((_git(root, "diff", "--binary", "HEAD") or "").encode())
+    new = _git(root, "ls-files", "--others", "--exclude-standard", "-z") or ""
+    for name in sorted(filter(None, new.split("\0"))):
+        content = (root / name).read_bytes() if (root / name).is_file() else b""
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
 def _git(folder: Path, *arguments: str) -> str | None:
     """What git prints; None if it is missing or refuses."""
     # inside a git hook these name another checkout or index
@@ -161,6 +192,62 @@ def device_name(device: str) -> str:
             "CUDA devices; run `esper doctor`, or set `device: cpu`."
         )
     return torch.cuda.get_device_name(device)
+
+
+def machine(device: str = "cpu") -> MachineFacts:
+    """What two timings must have in common before they may be compared.
+
+    Args:
+        device: `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ValueError: If `device` is none of these.
+        RuntimeError: If the device is not there.
+    """
+    import psutil
+
+    name = device_name(device)
+    frequency = psutil.cpu_freq()
+    facts = MachineFacts(
+        device=name,
+        cpu=_cpu_name(),
+        num_cpus=len(os.sched_getaffinity(0)),
+        memory_bytes=int(psutil.virtual_memory().total),
+        max_cpu_mhz=float(frequency.max) if frequency and frequency.max else None,
+        driver=None,
+        cuda=None,
+        max_sm_mhz=None,
+        max_gpu_memory_mhz=None,
+    )
+    if device != "cpu":
+        import torch
+
+        facts["cuda"] = torch.version.cuda
+        try:
+            nvml = import_module("pynvml")
+            nvml.nvmlInit()
+            handle = nvml_handle(nvml, device)
+            facts["driver"] = str(nvml.nvmlSystemGetDriverVersion())
+            facts["max_sm_mhz"] = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)
+            facts["max_gpu_memory_mhz"] = nvml.nvmlDeviceGetMaxClockInfo(
+                handle, nvml.NVML_CLOCK_MEM
+            )
+        except Exception:  # NVML's errors have no common base that can be named without it
+            return facts
+    return facts
+
+
+def nvml_handle(nvml: Any, device: str = "cuda") -> Any:
+    """NVML's handle of a CUDA device, found by its UUID: the two may count devices differently.
+
+    Args:
+        nvml: The initialised module `pynvml`.
+        device: `cuda` or `cuda:N`.
+    """
+    import torch
+
+    uuid = str(torch.cuda.get_device_properties(torch.device(device)).uuid)
+    return nvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
 
 
 def _cpu_name() -> str:

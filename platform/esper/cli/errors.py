@@ -34,7 +34,7 @@ def explained(command: Callable[P, R]) -> Callable[P, R]:
 def _exit_code(error: Exception) -> int | None:
     """The documented exit code of an error; None for one that nobody foresaw."""
     names = {cls.__name__ for cls in type(error).__mro__}
-    if names & {"ConfigError", "CheckpointError", "ReleaseError"}:
+    if names & {"BaselineError", "CheckpointError", "ConfigError", "ReleaseError"}:
         return 2
     if "SweepIncompleteError" in names:
         return 4

@@ -4,7 +4,8 @@ Exit codes: 0 done (whatever the verdict), 1 a check of `doctor` failed, two log
 sweep is not what it was, 2 a wrong command line or configuration, 3 something this command needs is
 missing or cannot be reached, 4 trials are missing and the same command continues, 5 the verdict is
 UNHEALTHY, 130 interrupted. `esper rollout step` and `esper gate` tell their decision instead:
-0 ADVANCE, 10 HOLD, 20 ROLLBACK, 30 INCONCLUSIVE.
+0 ADVANCE, 10 HOLD, 20 ROLLBACK, 30 INCONCLUSIVE. So does `esper baseline compare`: 0 nothing is
+worse, 10 suspected, 20 worse twice, 30 inconclusive.
 """
 
 from pathlib import Path
@@ -394,6 +395,72 @@ def gate_command(
     from esper.cli.gate import gate
 
     raise typer.Exit(gate(config, phase, measured, rollout))
+
+
+baseline = typer.Typer(
+    no_args_is_help=True, help="What the implementations cost: latency, memory, energy, seeds."
+)
+app.add_typer(baseline, name="baseline")
+
+TargetsFile = Annotated[
+    Path | None,
+    typer.Option("--targets", help="Phases whose targets are held against it.", dir_okay=False),
+]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option("--report", help="Also write the report: FILE.html or FILE.md.", dir_okay=False),
+]
+StoredBaseline = Annotated[Path, typer.Argument(help="baseline.json, or its folder.")]
+
+
+@baseline.command("run")
+@explained
+def run_baseline(
+    config: Annotated[Path, typer.Argument(help="Such as configs/baselines/phase0_cpu.yaml.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.", file_okay=False)],
+    targets: TargetsFile = None,
+    commit: Annotated[
+        str | None, typer.Option(help="Of the code, where there is no checkout to ask.")
+    ] = None,
+) -> None:
+    """Measure blocks of fresh processes in random order, store them, and print the report.
+
+    The same command continues an interrupted baseline. Exit code 5 if it is UNHEALTHY.
+    """
+    from esper.cli.baseline import run_baseline
+
+    raise typer.Exit(run_baseline(config, out, targets, commit))
+
+
+@baseline.command("compare")
+@explained
+def compare_baselines(
+    before: Annotated[Path, typer.Argument(metavar="A", help="baseline.json, or its folder.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Another, of the newer code.")],
+    again: Annotated[
+        Path | None, typer.Option(help="The newer code measured once more: the second strike.")
+    ] = None,
+    report: ReportFile = None,
+) -> None:
+    """Say whether B is worse than A, metric by metric.
+
+    Exit code 0 if nothing is worse by its margin, 10 if a metric is suspected, 20 if it is worse
+    in --again, too, 30 if something is inconclusive, 5 if nothing can be concluded.
+    """
+    from esper.cli.baseline import compare_baselines
+
+    raise typer.Exit(compare_baselines(before, after, again, report))
+
+
+@baseline.command("show")
+@explained
+def show_baseline(
+    file: StoredBaseline, targets: TargetsFile = None, report: ReportFile = None
+) -> None:
+    """Print a stored baseline; verdicts are computed again from its processes."""
+    from esper.cli.baseline import show_baseline
+
+    show_baseline(file, report, targets)
 
 
 config = typer.Typer(no_args_is_help=True, help="Settings of the migration.")

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from esper.environment import nvml_handle
+
 POLL_S = 0.05
 
 
@@ -61,9 +63,7 @@ class Utilisation:
             raise RuntimeError("a CUDA device is needed")
         nvml = import_module("pynvml")
         nvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties().uuid)
-        name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-        self._device = nvml.nvmlDeviceGetHandleByUUID(name)
+        self._device = nvml_handle(nvml)
         self._nvml = nvml
         self._thread = threading.Thread(target=self._poll, daemon=True)
         self._thread.start()

@@ -1,0 +1,132 @@
+"""Configuration of a performance baseline: what runs, how often, and for how long."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from esper.config.base import Config, read_yaml, validate
+
+Implementation = Literal["legacy", "kasmina"]
+
+
+class Workload(Config):
+    """Linear layers with seeds on their outputs, the same for every implementation."""
+
+    layers: PositiveInt = 1
+    width: PositiveInt = Field(description="Features of every layer; divisible by the seeds.")
+    seeds_per_layer: PositiveInt
+    active_seeds: NonNegativeInt = Field(description="Of each layer; the others are dormant.")
+    blueprint: str = "mlp_relu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    positions: PositiveInt = Field(1, description="Rows of one sample, such as tokens.")
+    batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 16, 32, 64)
+    step_batch_sizes: tuple[PositiveInt, ...] | None = Field(
+        None, description="Of the training steps; None: the same."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Workload":
+        if self.width % self.seeds_per_layer:
+            raise ValueError(
+                f"seeds_per_layer must divide width ({self.width}), but got {self.seeds_per_layer}."
+            )
+        if self.active_seeds > self.seeds_per_layer:
+            raise ValueError(
+                f"active_seeds must be at most seeds_per_layer ({self.seeds_per_layer}), "
+                f"but got {self.active_seeds}."
+            )
+        for name in ("batch_sizes", "step_batch_sizes"):
+            sizes = getattr(self, name)
+            if sizes is not None and (not sizes or len(set(sizes)) < len(sizes)):
+                raise ValueError(f"{name} must be given and differ, but got {list(sizes)}.")
+        return self
+
+    @property
+    def loops(self) -> dict[Literal["forward", "step"], tuple[int, ...]]:
+        """Batch sizes of each kind of request."""
+        return {"forward": self.batch_sizes, "step": self.step_batch_sizes or self.batch_sizes}
+
+
+class Requests(Config):
+    """Timed requests of one process, at each batch size."""
+
+    forward: int = Field(ge=2)
+    step: int = Field(ge=2, description="Training steps.")
+    window: PositiveInt = Field(5, description="Requests of one window of the warm-up.")
+
+
+class WarmUp(Config):
+    """Untimed requests before the timed ones: until three windows in a row agree."""
+
+    agree_frac: float = Field(0.02, gt=0, lt=1, description="Spread of three windows' medians.")
+    max_windows: int = Field(20, ge=3, description="After so many, timing begins all the same.")
+
+
+class Lifecycle(Config):
+    """Growing runs from which success rate and length of a seed's life are taken."""
+
+    run: dict[str, Any] = Field(description="The keys of a run, as in configs/runs/.")
+    seeds: PositiveInt = Field(3, description="Random seeds, one run each.")
+
+
+class BaselineConfig(Config):
+    """`esper baseline run CONFIG`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: PositiveInt = Field(1, description="Of torch, in every process.")
+    seed: NonNegativeInt = 0
+    workload: Workload
+    implementations: Annotated[tuple[Implementation, ...], Field(min_length=1)] = Field(
+        ("legacy", "kasmina"), description="The first one is what the others are compared with."
+    )
+    blocks: int = Field(
+        20, ge=2, le=64,
+        description="K: block pairs in fresh processes. With fewer than 6 there is no interval.",
+    )  # fmt: skip
+    control_blocks: dict[Implementation, int] = Field(
+        description="Blocks in which an implementation runs twice, against itself; at least 2."
+    )
+    requests: dict[Implementation, Requests]
+    warm_up: WarmUp = WarmUp()
+    limit_ms: PositiveFloat = Field(100.0, description="A request beyond it is over the limit.")
+    busy_s: PositiveFloat = Field(2.0, description="Training during which the GPU is watched.")
+    lifecycle: Lifecycle | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> "BaselineConfig":
+        names = set(self.implementations)
+        if len(names) < len(self.implementations):
+            raise ValueError(f"implementations must differ, but got {list(self.implementations)}.")
+        for field in ("control_blocks", "requests"):
+            given = set(getattr(self, field))
+            if given != names:
+                raise ValueError(
+                    f"{field} must name {', '.join(self.implementations)}, "
+                    f"but names {', '.join(sorted(given)) or 'none'}."
+                )
+        wrong = [n for n in self.control_blocks.values() if not 2 <= n <= self.blocks]
+        if wrong:
+            raise ValueError(
+                f"control_blocks must be 2 to blocks ({self.blocks}), but got {wrong[0]}: "
+                "without runs against itself nobody knows what noise is."
+            )
+        return self
+
+    @property
+    def hash(self) -> str:
+        """sha256 over everything that decides what is measured."""
+        content = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def load_baseline_config(path: Path) -> BaselineConfig:
+    """Read one file.
+
+    Raises:
+        ConfigError: With every problem of the file.
+    """
+    return validate(BaselineConfig, read_yaml(path), source=str(path))
