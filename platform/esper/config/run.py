@@ -165,6 +165,9 @@ class RunConfig(Config):
     )
     device: str = "cpu"
     plugins: tuple[str, ...] = Field((), description="Modules to import: they register plug-ins.")
+    metrics: tuple[str, ...] = Field(
+        (), description="Registered with `esper.metric`: computed once, after the last step."
+    )
 
     @model_validator(mode="after")
     def _ramp_ends(self) -> "RunConfig":
