@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Recipes read these from the environment, so that a value is never read as shell.
 export BASE ?= origin/main
-export BENCH_CONFIG ?= configs/baselines/smoke.yaml
+export BENCH_CONFIG ?= configs/baselines/pinned.yaml
 export PHASE ?=
 export MEASURED ?=
 
