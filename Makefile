@@ -14,11 +14,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all lint types format clean
+.PHONY: help install demo test test-all lint types format clean \
+	safety regress bench-pinned ab-branch gate
+
+# Recipes read these from the environment, so that a value is never read as shell.
+export BASE ?= origin/main
+export BENCH_CONFIG ?= configs/baselines/pinned.yaml
+export PHASE ?=
+export MEASURED ?=
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
-		| while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+		| while IFS="$$(printf '\t')" read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 install: $(STAMP) ## create .venv and install Esper with its tested dependencies
 
@@ -49,10 +56,30 @@ lint: install ## check style and format
 types: install ## check types
 	$(BIN)/mypy
 
+safety: install ## check flags and their record of changes, and that rollouts roll back what is broken
+	$(BIN)/esper flags validate
+	$(BIN)/esper flags audit
+	$(BIN)/python -m pytest tests/esper/release -m 'not slow'
+
+regress: install ## the regression suite, legacy against new; build/regress.json
+	@mkdir -p build
+	$(BIN)/esper regress --json build/regress.json
+
+bench-pinned: install ## measure this commit and the one in .ci/pinned-commit, interleaved; build/bench
+	rm -rf build/bench
+	$(BIN)/python experiments/benchmarks/bench_commits.py "$$BENCH_CONFIG" --out build/bench
+
+ab-branch: install ## compare this commit with BASE in 16 pairs of a tiny run; build/ab
+	rm -rf build/ab
+	$(BIN)/python experiments/benchmarks/ab_commits.py "$$BASE" HEAD --out build/ab
+
+gate: install ## judge stored evidence alone: make gate PHASE=0 MEASURED=FILE
+	@$(BIN)/esper gate --phase "$$PHASE" --measured "$$MEASURED"
+
 format: install ## format the code and fix what can be fixed safely
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove .venv, caches and build results; runs/ and mlflow.db stay
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 	find platform kernels experiments serve_apps tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -30,6 +30,7 @@ PENDING_PER_SLOT = 4
 
 Progress = Callable[[str, dict[str, float]], None]
 Finished = Callable[[TrialRecord], None]
+PairsWanted = Callable[[], int]
 
 
 class TrialWorker(tune.Trainable):
@@ -77,19 +78,33 @@ class TrialWorker(tune.Trainable):
 class _PlanSearcher(Searcher):
     """Hands out the planned trials in order, each once what it waits for has finished."""
 
-    def __init__(self, todo: Sequence[Planned], finished: set[str]) -> None:
+    def __init__(
+        self, todo: Sequence[Planned], finished: set[str], pairs_wanted: PairsWanted
+    ) -> None:
         super().__init__(metric="done", mode="max")
         self._todo, self._finished = list(todo), set(finished)
         self._running: dict[str, str] = {}
+        self._pairs_wanted, self._pairs = pairs_wanted, pairs_wanted()
 
     def suggest(self, trial_id: str) -> Any:
+        planned = self._next()
+        if planned is None and self._todo and not self._running:
+            # all pairs of a planned look are in: either it decides, or the next ones begin
+            self._pairs = self._pairs_wanted()
+            planned = self._next()
+        if planned is not None:
+            self._todo.remove(planned)
+            self._running[trial_id] = planned.spec.trial_id
+            return {"trial": planned.spec.trial_id}
+        return None if self._todo and self._running else Searcher.FINISHED
+
+    def _next(self) -> Planned | None:
+        """The first trial that may begin: in a pair that is wanted, after what it waits for."""
         for planned in self._todo:
-            if planned.waits_for is None or planned.waits_for in self._finished:
-                self._todo.remove(planned)
-                self._running[trial_id] = planned.spec.trial_id
-                return {"trial": planned.spec.trial_id}
-        blocked = any(p.waits_for in self._running.values() for p in self._todo)
-        return None if blocked else Searcher.FINISHED
+            ready = planned.waits_for is None or planned.waits_for in self._finished
+            if ready and planned.spec.pair < self._pairs:
+                return planned
+        return None
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -170,6 +185,7 @@ def run_plan(
     slots: int,
     on_progress: Progress,
     on_finished: Finished,
+    pairs_wanted: PairsWanted,
 ) -> dict[str, str]:
     """Run every trial of the plan that has no record yet.
 
@@ -181,6 +197,7 @@ def run_plan(
         slots: Trials that run at once.
         on_progress: Called with a trial's id and its latest values, about once a second.
         on_finished: Called with each new record.
+        pairs_wanted: Called when all trials have ended that were begun: how many pairs to run.
 
     Returns:
         The trials that failed, with the last line of their error.
@@ -200,7 +217,9 @@ def run_plan(
     tuner = tune.Tuner(
         tune.with_resources(worker, {k: v for k, v in demand.items() if v}),
         tune_config=tune.TuneConfig(
-            search_alg=_PlanSearcher(todo, finished), num_samples=len(todo), reuse_actors=True
+            search_alg=_PlanSearcher(todo, finished, pairs_wanted),
+            num_samples=len(todo),
+            reuse_actors=True,
         ),
         run_config=TuneRunConfig(
             name="tune",

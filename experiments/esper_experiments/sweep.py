@@ -8,11 +8,21 @@ from pathlib import Path
 
 from esper.config.base import ConfigError
 from esper.config.run import RunConfig
-from esper.config.sweep import SweepConfig
+from esper.config.sweep import Question, SweepConfig
 from esper.environment import is_dirty
+from esper.evidence.health import COLLAPSE
+from esper.evidence.paired import ALPHA
 from esper.evidence.records import Registration, TrialRecord, read_records, write_json
 from esper.evidence.search import search_records
-from esper.evidence.verdict import ArmSummary, Verdict, judge_all, summarise
+from esper.evidence.sequential import plan_looks
+from esper.evidence.verdict import (
+    ArmSummary,
+    Verdict,
+    judge_all,
+    judge_look,
+    looks_of,
+    summarise,
+)
 from esper.evidence.verify import seal, store_config, verdict_name
 from esper.tracking.mlflow_sink import MlflowSink
 from esper.tracking.pictures import (
@@ -106,20 +116,53 @@ def check(sweep: SweepConfig) -> None:
     from esper.trial import TrialSpec
 
     mark = Fingerprint(**fingerprint(device_of(sweep)))
-    metrics: set[str] = set()
+    _check_looks(sweep)
+    known: set[str] | None = None
     for arm in sweep.arms:
         config: RunConfig = sweep.run_config(arm)
         try:
             trial = trial_of(config)(config, TrialSpec(arm, 0, sweep.first_seed, 0, "", mark))
         except ConfigError as error:
             raise ConfigError(f"arm '{arm}'", error.problems) from None
-        metrics = trial.metric_names()
-    wanted = {sweep.question.metric, *(g.metric for g in sweep.question.guardrails)} - {"collapse"}
-    if unknown := sorted(wanted - metrics):
-        raise ConfigError("question", (
-            f"question.metric must be one of {', '.join(sorted(metrics))}, "
-            f"but got '{unknown[0]}'.",
-        ))  # fmt: skip
+        known = trial.metric_names() & (known or trial.metric_names())
+    assert known is not None
+    _check_metrics(sweep.question, known)
+
+
+def _check_looks(sweep: SweepConfig) -> None:
+    """At every planned look the exact test can reach what the look may spend."""
+    for look in plan_looks(sweep.question.looks, sweep.pairs):
+        if sweep.question.looks and 0.5**look.pairs > ALPHA * look.share:
+            raise ConfigError("question", (
+                f"looks must be able to decide, but after {look.pairs} of {sweep.pairs} pairs the "
+                f"smallest p-value is {0.5**look.pairs:.2g}, and {ALPHA * look.share:.2g} may be "
+                "spent; look later.",
+            ))  # fmt: skip
+
+
+def _check_metrics(question: Question, known: set[str]) -> None:
+    """Every metric that the question names is one that all arms have, and is read the right way."""
+    from esper.training.metrics import METRICS
+
+    goals = [question.goal_of(c) for c in question.comparisons] + list(question.guardrails)
+    problems = []
+    for goal in goals:
+        if goal.metric == COLLAPSE:
+            continue
+        if goal.metric not in known:
+            problems.append(
+                f"metric must be one that every arm computes ({', '.join(sorted(known))}), "
+                f"but got '{goal.metric}'; a registered one is named under `metrics` of the run."
+            )
+        elif goal.metric in METRICS:
+            better = METRICS[goal.metric].higher_is_better
+            if goal.higher_is_better != better:
+                problems.append(
+                    f"higher_is_better of '{goal.metric}' must be {str(better).lower()}, as it was "
+                    "registered, but got the opposite; correct the question."
+                )
+    if problems:
+        raise ConfigError("question", tuple(dict.fromkeys(problems)))
 
 
 def run_sweep(
@@ -154,15 +197,34 @@ def run_sweep(
         watcher.finished(record)
 
     try:
-        timing = _run_missing(sweep, plan, before, folder, sink, watcher.progress, finished)
+        timing = _run_missing(
+            sweep, registration, plan, before, folder, sink, watcher.progress, finished
+        )
         return _conclude(sweep, registration, folder, sink, timing, command)
     except BaseException:
         sink.finish("FAILED")
         raise
 
 
+def pairs_wanted(sweep: SweepConfig, registration: Registration, ran: list[TrialRecord]) -> int:
+    """Pairs to run: those of the first planned look that is not complete, or that decides."""
+    records = [*ran, *search_records(ran, sweep.searches)]
+    present = {(r.arm, r.pair) for r in ran}
+    for look in looks_of(registration)[:-1]:
+        complete = all((arm, k) in present for arm in sweep.arms for k in range(look.pairs))
+        if not complete:
+            return look.pairs
+        verdict, *_ = judge_look(
+            records, registration, look, sweep.dependent_arms, sweep.salted_arms
+        )
+        if verdict.verdict != "INCONCLUSIVE":
+            return look.pairs
+    return registration.pairs
+
+
 def _run_missing(
     sweep: SweepConfig,
+    registration: Registration,
     plan: list[Planned],
     before: list[TrialRecord],
     folder: Path,
@@ -170,8 +232,11 @@ def _run_missing(
     on_progress: Callable[[str, dict[str, float]], None],
     on_finished: Callable[[TrialRecord], None],
 ) -> Timing:
+    def wanted() -> int:
+        return pairs_wanted(sweep, registration, read_records(folder))
+
     done = {r.trial_id for r in before}
-    if len(done) == len(plan):
+    if not _left(plan, done, wanted()):
         return Timing(0, 0.0, 0.0, None)
     os.environ.update({k: v for k, v in TUNE_ENVIRONMENT.items() if k not in os.environ})
 
@@ -181,16 +246,22 @@ def _run_missing(
     start_ray(sweep.resources)
     try:
         slots = _slots(sweep)
-        errors = run_plan(plan, done, folder, sweep.resources, slots, on_progress, on_finished)
+        errors = run_plan(
+            plan, done, folder, sweep.resources, slots, on_progress, on_finished, wanted
+        )
     finally:
         sink.wait()
         stop_ray()
     records = [r for r in read_records(folder) if r.trial_id not in done]
-    missing = {p.spec.trial_id for p in plan} - done - {r.trial_id for r in records}
-    if missing:
+    if missing := _left(plan, done | {r.trial_id for r in records}, wanted()):
         lines = tuple(f"{trial}: {why}" for trial, why in sorted(errors.items()))
         raise SweepIncompleteError(tuple(sorted(missing)), lines)
     return _timing(records, started, slots)
+
+
+def _left(plan: list[Planned], done: set[str], pairs: int) -> set[str]:
+    """Trials of the first pairs that are not done."""
+    return {p.spec.trial_id for p in plan if p.spec.pair < pairs} - done
 
 
 def _slots(sweep: SweepConfig) -> int:
@@ -256,7 +327,7 @@ def _conclude(
     records = [*ran, *search_records(ran, sweep.searches)]
     verdicts, arms = judge_records(sweep, registration, records)
     for verdict, comparison in zip(verdicts, sweep.question.comparisons, strict=True):
-        write_json(folder / "verdicts" / verdict_name(comparison), verdict)
+        write_json(folder / "verdicts" / verdict_name(comparison, sweep.question), verdict)
     seal(folder)
     pictures = draw(sweep, ran, verdicts, folder)
     sink.flush()
@@ -296,7 +367,9 @@ def draw(
         "Final results": arms_overview(
             records, sweep.question.metric, target / "arms_overview.png"
         ),
-        "Paired differences": forest_plot(verdicts, target / "forest_plot.png"),
+        "Paired differences": forest_plot(
+            [v for v in verdicts if v.metric == sweep.question.metric], target / "forest_plot.png"
+        ),
     }
     grown = [r for r in records if r.arm == sweep.question.treatment and r.transitions]
     if grown:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from esper.surgery.lattice import Lattice as Lattice
     from esper.surgery.lattice import attach as attach
     from esper.surgery.lattice import lattice_of as lattice_of
+    from esper.training.metrics import metric as metric
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ _HOMES = {
     "Stage": "esper.seeds.state",
     **dict.fromkeys(("load", "save"), "esper.surgery.files"),
     **dict.fromkeys(("Lattice", "attach", "lattice_of"), "esper.surgery.lattice"),
+    "metric": "esper.training.metrics",
 }
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
 

@@ -17,9 +17,10 @@ class UnknownNameError(KeyError):
 
     def __str__(self) -> str:
         close = get_close_matches(self.name, self.known, n=1)
+        known = ", ".join(self.known) or "(none)"
         hint = f" Did you mean '{close[0]}'?" if close else ""
         return (
-            f"{self.kind} must be one of {', '.join(self.known)}, but got '{self.name}';"
+            f"{self.kind} must be one of {known}, but got '{self.name}';"
             f"{hint or ' register it first or name its module under `plugins`.'}"
         )
 

@@ -36,6 +36,7 @@ from esper.surgery.lattice import Lattice, attach
 from esper.training import checkpoint
 from esper.training.alarm import LossHistory, alarm
 from esper.training.hosts import HOSTS
+from esper.training.metrics import METRICS, Trained, compute
 from esper.training.tasks import TASKS
 from esper.training.trainer import BACK, CollapseError, Trainer
 
@@ -97,6 +98,7 @@ class Trial:
         self._started = datetime.now(UTC)
         for module in config.plugins:
             _import_plugin(module)
+        _require_metrics(config.metrics)
         seed = spec.seed + SALT_STRIDE * config.seed_salt
         self._seed = seed
         # every arm of a pair draws the same host and the same data
@@ -350,7 +352,7 @@ class Trial:
             ended_at=datetime.now(UTC),
             status="finished" if self._collapse is None else "collapsed",
             collapse_reason=None if self._collapse is None else str(self._collapse),
-            metrics=self._final_metrics(),
+            metrics=self._final_metrics() | self._own_metrics(),
             curves=self.curves,
             flags=None if self.config.flags is None else self._ruled,
             transitions=[_record(t) for t in lattice.log],
@@ -359,7 +361,15 @@ class Trial:
 
     def metric_names(self) -> set[str]:
         """Names of the final metrics, known before the trial has run."""
-        return set(self._final_metrics())
+        return {*self._final_metrics(), *self.config.metrics}
+
+    def _own_metrics(self) -> dict[str, float]:
+        """Those that the configuration names; NaN in a trial that collapsed."""
+        names, trainer = self.config.metrics, self.trainer
+        if self._collapse is not None:
+            return dict.fromkeys(names, math.nan)
+        trained = Trained(trainer.model, trainer.data, self.config.device)
+        return compute(names, trained, self._seed)
 
     def _final_metrics(self) -> dict[str, float]:
         trainer = self.trainer
@@ -478,6 +488,14 @@ def _import_plugin(module: str) -> None:
             f"plugins must be importable modules, but '{module}' is not: {error}; "
             "install it or set PYTHONPATH.",
         )) from error  # fmt: skip
+
+
+def _require_metrics(names: tuple[str, ...]) -> None:
+    try:
+        for name in names:
+            METRICS[name]
+    except UnknownNameError as error:
+        raise ConfigError("metrics", (f"metrics: {error}",)) from None
 
 
 def _record(t: Transition) -> TransitionRecord:

@@ -55,7 +55,7 @@ class TinySweep:
         return subprocess.Popen(
             command, cwd=self.folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(self.folder)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(self.folder), *sys.path])},
         )  # fmt: skip
 
     def run(self) -> subprocess.CompletedProcess[str]:

@@ -2,10 +2,17 @@
 
 import pytest
 
+from esper import metric
 from esper.config.base import ConfigError
 from esper.config.sweep import SweepConfig
 from esper_experiments.plan import device_of, plan_trials, register, sweep_folder
 from esper_experiments.sweep import check
+
+
+@metric("planned", unit="", higher_is_better=False)
+def planned(trained):
+    raise AssertionError("it is not called before the run")
+
 
 RUN = {
     "task": {"name": "spirals"},
@@ -68,6 +75,16 @@ def test_the_question_is_registered_once_and_a_foreign_one_is_refused(tmp_path):
         ({"question": {**QUESTION, "metric": "test_acuracy"}}, r"but got 'test_acuracy'"),
         ({"arms": {"a": {}, "b": {"train": {"batch_size": 9999}}}}, r"at most the 2000 training"),
         ({"arms": {"a": {}, "b": {"plugins": ["no_such_module"]}}}, r"importable modules"),
+        ({"arms": {"a": {}, "b": {"metrics": ["planed"]}}}, r"Did you mean 'planned'"),
+        # a metric that one arm alone computes
+        ({"arms": {"a": {}, "b": {"metrics": ["planned"]}},
+          "question": {**QUESTION, "metric": "planned"}}, r"every arm computes \(.*got 'planned'"),
+        ({"run": {**RUN, "metrics": ["planned"]},
+          "question": {**QUESTION, "metric": "planned", "higher_is_better": True}},
+         r"higher_is_better of 'planned' must be false"),
+        ({"question": {**QUESTION, "guardrails": [{"metric": "no_such", "margin": 0}]}},
+         r"but got 'no_such'"),
+        ({"question": {**QUESTION, "looks": [5, 40]}}, r"after 5 of 40 pairs .* is 0.031"),
     ],
 )  # fmt: skip
 def test_a_wrong_arm_is_refused_before_anything_starts(tmp_path, changes, message):

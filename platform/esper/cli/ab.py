@@ -254,7 +254,7 @@ def show(console: Console, sweep: SweepConfig, result: "SweepResult") -> None:
         colour = COLOURS.get(verdict.verdict, "magenta")
         console.print(
             f"[bold {colour}]{verdict.verdict}[/]  {verdict.treatment} against {verdict.control}"
-            f"{'' if verdict is result.verdicts[0] else '  (secondary)'}"
+            f"{'' if verdict is result.verdicts[0] else f'  (secondary, {verdict.metric})'}"
         )
         for reason in verdict.reasons:
             console.print(f"    {reason}", highlight=False, soft_wrap=True)
@@ -278,8 +278,12 @@ def show(console: Console, sweep: SweepConfig, result: "SweepResult") -> None:
 
 
 def _arms_table(sweep: SweepConfig, result: "SweepResult") -> Table:
+    from esper.training.metrics import METRICS
+
     metric = sweep.question.metric
-    title = f"{sweep.name}: {metric} over {sweep.pairs} pairs"
+    unit = METRICS[metric].unit if metric in METRICS else ""
+    pairs = result.verdicts[0].pairs
+    title = f"{sweep.name}: {metric}{f' in {unit}' if unit else ''} over {pairs} pairs"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("arm", no_wrap=True)
     for head in ("mean", "sd", "worst", "params", "steps", "MFLOP", "train s"):
@@ -322,6 +326,7 @@ def to_json(result: "SweepResult") -> dict[str, Any]:
         "secondary": [
             {
                 "verdict": v.verdict, "treatment": v.treatment, "control": v.control,
+                "metric": v.metric,
                 "mean_difference": v.mean_difference, "p_value": v.p_value, "p_holm": v.p_holm,
                 "reasons": v.reasons,
             }

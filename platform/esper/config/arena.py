@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from esper.config.base import Config, ConfigError, read_yaml, validate
-from esper.config.sweep import Comparison, SweepConfig, TrackingConfig, load_sweep, merge
+from esper.config.sweep import Secondary, SweepConfig, TrackingConfig, load_sweep, merge
 
 
 class Method(Config):
@@ -177,7 +177,7 @@ def _sweep_of(
             "but none applies; name another method there.",
         ))  # fmt: skip
     first, *others = (a for a in arms if a != config.treatment)
-    comparisons = tuple(Comparison(treatment=config.treatment, control=a) for a in others)
+    comparisons = tuple(Secondary(treatment=config.treatment, control=a) for a in others)
     question = base.question.model_copy(
         update={"treatment": config.treatment, "control": first, "secondary": comparisons}
     )

@@ -213,6 +213,9 @@ class RunConfig(Config):
         "new ones are woken; None: none are read.",
     )
     plugins: tuple[str, ...] = Field((), description="Modules to import: they register plug-ins.")
+    metrics: tuple[str, ...] = Field(
+        (), description="Registered with `esper.metric`: computed once, after the last step."
+    )
 
     @model_validator(mode="after")
     def _ramp_ends(self) -> "RunConfig":

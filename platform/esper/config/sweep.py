@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,11 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from esper.config.base import Config, ConfigError, read_yaml, validate
 from esper.config.run import RunConfig
+
+
+def _is_none(value: object) -> bool:
+    # what is not set leaves the hashes of questions alone that were asked before it could be
+    return value is None
 
 
 class Guardrail(Config):
@@ -29,6 +35,26 @@ class Comparison(Config):
     control: str
 
 
+class Secondary(Comparison):
+    """A further comparison, of the question's metric or of one of its own."""
+
+    metric: str | None = Field(
+        None, exclude_if=_is_none, description="None: that of the question, and so the next two."
+    )
+    higher_is_better: bool | None = Field(None, exclude_if=_is_none)
+    margin: PositiveFloat | None = Field(None, exclude_if=_is_none)
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Secondary":
+        given = [v is not None for v in (self.metric, self.higher_is_better, self.margin)]
+        if any(given) and not all(given):
+            raise ValueError(
+                "metric, higher_is_better and margin must come together, but one is missing; "
+                "a margin means something for one metric alone."
+            )
+        return self
+
+
 class Question(Comparison):
     """What the sweep is to decide; its hash is registered before the first trial."""
 
@@ -37,8 +63,14 @@ class Question(Comparison):
     margin: PositiveFloat = Field(description="Equivalence margin, in units of the metric.")
     test: Literal["sign_flip", "wilcoxon"] = "sign_flip"
     guardrails: tuple[Guardrail, ...] = ()
-    secondary: tuple[Comparison, ...] = Field(
-        (), description="Further comparisons of the same metric, Holm-corrected as a family."
+    secondary: tuple[Secondary, ...] = Field(
+        (), description="Further comparisons, Holm-corrected as a family."
+    )
+    looks: tuple[PositiveInt, ...] = Field(
+        (),
+        exclude_if=lambda looks: not looks,
+        description="Numbers of pairs after which the primary comparison is judged, and the sweep "
+        "ends if it is decided; the last one is all pairs. Empty: judged once, at the end.",
     )
 
     @property
@@ -52,6 +84,46 @@ class Question(Comparison):
     def comparisons(self) -> tuple[Comparison, ...]:
         """The primary comparison first, then the secondary ones."""
         return (Comparison(treatment=self.treatment, control=self.control), *self.secondary)
+
+    def goal_of(self, comparison: Comparison) -> Guardrail:
+        """The metric that a comparison is about, with its margin."""
+        if not isinstance(comparison, Secondary) or comparison.metric is None:
+            return self.goal
+        return Guardrail(
+            metric=comparison.metric,
+            margin=comparison.margin,
+            higher_is_better=comparison.higher_is_better,
+        )
+
+    def asks(self, comparison: Comparison) -> bool:
+        """Whether the comparison is among those that were registered."""
+        return self._key(comparison) in [self._key(c) for c in self.comparisons]
+
+    def is_primary(self, comparison: Comparison) -> bool:
+        """Whether the comparison is the one that the question is about."""
+        return self._key(comparison) == self._key(self)
+
+    def _key(self, comparison: Comparison) -> tuple[str, str, str]:
+        return comparison.treatment, comparison.control, self.goal_of(comparison).metric
+
+    @model_validator(mode="after")
+    def _rising(self) -> "Question":
+        if any(b <= a for a, b in pairwise(self.looks)) or len(self.looks) == 1:
+            raise ValueError(
+                f"looks must be two or more rising numbers of pairs, but got {list(self.looks)}; "
+                "for instance [12, 20, 30]."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_repetition(self) -> "Question":
+        keys = [self._key(c) for c in self.comparisons]
+        if repeated := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise ValueError(
+                "secondary comparisons must be new ones, but '{}' against '{}' on '{}' is asked "
+                "for twice; drop one.".format(*repeated[0])
+            )
+        return self
 
 
 class Search(Config):
@@ -109,6 +181,11 @@ class SweepConfig(Config):
                     f"question must compare arms of this sweep ({', '.join(self.all_arms)}), "
                     f"but got '{side}'; correct the name."
                 )
+        if self.question.looks and self.question.looks[-1] != self.pairs:
+            raise ValueError(
+                f"question.looks must end with all {self.pairs} pairs, but got "
+                f"{list(self.question.looks)}; change pairs or the last look."
+            )
         for name, search in self.searches.items():
             if name in self.arms:
                 raise ValueError(f"searches must have names of their own, but '{name}' is an arm.")

@@ -49,6 +49,10 @@ class PValues(NamedTuple):
     worse: float
     equivalent: float
 
+    def at(self, share: float) -> "PValues":
+        """As large as they count at a look that may spend this share of each error rate."""
+        return PValues(*(min(1.0, p / share) for p in self))
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -94,30 +98,40 @@ def differences_of(
 
 
 def measure(
-    records: Sequence[TrialRecord], registration: Registration, comparison: Comparison
+    records: Sequence[TrialRecord],
+    registration: Registration,
+    comparison: Comparison,
+    share: float = 1.0,
 ) -> Measured:
-    """All numbers of a comparison whose records passed every health check."""
+    """All numbers of a comparison whose records passed every health check.
+
+    Args:
+        records: Of the pairs to judge.
+        registration: The question.
+        comparison: The two arms.
+        share: What a planned look may spend of each guardrail's error rate.
+    """
     question = registration.question
-    goal = question.goal
+    goal = question.goal_of(comparison)
     seed = _seed(registration)
-    d = differences_of(records, registration, comparison, goal, question.margin)
+    d = differences_of(records, registration, comparison, goal, goal.margin)
     sides = one_sided(d, test=question.test, seed=seed)
-    equivalent = equivalence_p(d, question.margin, test=question.test, seed=seed)
-    treatment, control = (values_of(records, a, question.metric) for a in sides_of(comparison))
+    equivalent = equivalence_p(d, goal.margin, test=question.test, seed=seed)
+    treatment, control = (values_of(records, a, goal.metric) for a in sides_of(comparison))
     return Measured(
         differences=d,
         p=PValues(sides.greater, sides.less, equivalent),
         collapsed_treatment=np.isnan(treatment),
         collapsed_control=np.isnan(control),
-        worst_treatment=worst_of(treatment, question.higher_is_better),
-        worst_control=worst_of(control, question.higher_is_better),
+        worst_treatment=worst_of(treatment, goal.higher_is_better),
+        worst_control=worst_of(control, goal.higher_is_better),
         guardrails=[
             *(
-                _guardrail(records, registration, comparison, guardrail)
+                _guardrail(records, registration, comparison, guardrail, share)
                 for guardrail in question.guardrails
                 if guardrail.metric != COLLAPSE
             ),
-            _collapse_guardrail(np.isnan(treatment), np.isnan(control)),
+            _collapse_guardrail(np.isnan(treatment), np.isnan(control), share),
         ],
     )
 
@@ -144,7 +158,9 @@ def _guardrail(
     registration: Registration,
     comparison: Comparison,
     guardrail: Guardrail,
+    share: float,
 ) -> GuardrailResult:
+    alpha = ALPHA_GUARDRAIL * share
     margin = margin_of(records, comparison, guardrail)
     d = differences_of(records, registration, comparison, guardrail, margin)
     room = shift(d, margin)
@@ -152,22 +168,23 @@ def _guardrail(
     # a worsening of exactly the margin in every pair, e.g. none at all with a margin of 0, has no
     # noise that a test could judge, and it is tolerated
     exactly = not room.any()
-    needed = pairs_for_effect(cohen_dz(room), alpha=ALPHA_GUARDRAIL)
+    needed = pairs_for_effect(cohen_dz(room), alpha=alpha)
     return GuardrailResult(
         metric=guardrail.metric,
         margin=margin,
         mean_difference=float(d.mean()),
         p_value=p.greater,
         p_worse=p.less,
-        passed=exactly or p.greater <= ALPHA_GUARDRAIL,
-        failed=not exactly and p.less <= ALPHA_GUARDRAIL,
+        passed=exactly or p.greater <= alpha,
+        failed=not exactly and p.less <= alpha,
         pairs_needed=None if needed is None else max(needed, d.size + 1),
     )
 
 
 def _collapse_guardrail(
-    treatment: NDArray[np.bool_], control: NDArray[np.bool_]
+    treatment: NDArray[np.bool_], control: NDArray[np.bool_], share: float
 ) -> GuardrailResult:
+    alpha = ALPHA_GUARDRAIL * share
     p = mcnemar_exact_p(treatment, control, alternative="greater")
     return GuardrailResult(
         metric=COLLAPSE,
@@ -175,7 +192,7 @@ def _collapse_guardrail(
         mean_difference=float(control.mean() - treatment.mean()),
         p_value=None,
         p_worse=p,
-        passed=p > ALPHA_GUARDRAIL,
-        failed=p <= ALPHA_GUARDRAIL,
+        passed=p > alpha,
+        failed=p <= alpha,
         pairs_needed=None,
     )

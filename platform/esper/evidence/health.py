@@ -37,14 +37,17 @@ def runs_of(records: Sequence[TrialRecord], arm: str) -> list[TrialRecord]:
 
 
 def missing_runs(
-    records: Sequence[TrialRecord], registration: Registration, comparison: Comparison
+    records: Sequence[TrialRecord],
+    registration: Registration,
+    comparison: Comparison,
+    pairs: int | None = None,
 ) -> list[str]:
-    """Registered runs of the two arms that left no record, as '<arm>-<pair:03d>'."""
+    """Registered runs of the two arms in the first pairs without a record, '<arm>-<pair:03d>'."""
     present = {(r.arm, r.pair) for r in records}
     return [
         f"{arm}-{pair:03d}"
         for arm in sides_of(comparison)
-        for pair in range(registration.pairs)
+        for pair in range(pairs or registration.pairs)
         if (arm, pair) not in present
     ]
 
@@ -55,7 +58,7 @@ def check_comparison(registration: Registration, comparison: Comparison) -> list
     reasons = []
     if treatment == control:
         reasons.append(f"treatment and control must be two arms, but both are '{treatment}'.")
-    if (treatment, control) not in [sides_of(c) for c in registration.question.comparisons]:
+    if not registration.question.asks(comparison):
         reasons.append(f"'{treatment}' against '{control}' is not a registered comparison.")
     return reasons
 
@@ -84,13 +87,16 @@ def check_registration(records: Sequence[TrialRecord], registration: Registratio
 
 
 def check_pairing(
-    records: Sequence[TrialRecord], registration: Registration, comparison: Comparison
+    records: Sequence[TrialRecord],
+    registration: Registration,
+    comparison: Comparison,
+    pairs: int | None = None,
 ) -> list[str]:
     """Every registered pair has exactly one run of both arms, and no run is a stranger."""
     reasons = []
-    missing = missing_runs(records, registration, comparison)
+    missing = missing_runs(records, registration, comparison, pairs)
     if missing:
-        expected = 2 * registration.pairs
+        expected = 2 * (pairs or registration.pairs)
         reasons.append(f"{len(missing)} of {expected} runs left no record: {_named(missing)}.")
     counts = Counter((r.arm, r.pair) for r in records)
     twice = [f"{arm}-{pair:03d}" for (arm, pair), count in counts.items() if count > 1]
@@ -272,6 +278,7 @@ def unhealthy_reasons(
     registration: Registration,
     comparison: Comparison,
     *,
+    pairs: int | None = None,
     dependent_arms: frozenset[str] = frozenset(),
     salted_arms: frozenset[str] = frozenset(),
 ) -> list[str]:
@@ -281,16 +288,20 @@ def unhealthy_reasons(
         records: All trials of the sweep, also those of other arms.
         registration: Written before the first trial.
         comparison: The two arms.
+        pairs: Pairs that a planned look sees; None: all of them.
         dependent_arms: Arms that follow another arm, exempt from the balance of the order.
         salted_arms: Arms that add a salt to the pair's seed.
     """
     question = registration.question
-    metrics = [question.metric, *(g.metric for g in question.guardrails if g.metric != COLLAPSE)]
+    metrics = [
+        question.goal_of(comparison).metric,
+        *(g.metric for g in question.guardrails if g.metric != COLLAPSE),
+    ]
     runs_by_arm = {arm: len(runs_of(records, arm)) for arm in registration.arms}
     return [
         *check_comparison(registration, comparison),
         *check_registration(records, registration),
-        *check_pairing(records, registration, comparison),
+        *check_pairing(records, registration, comparison, pairs),
         *check_split(runs_by_arm),
         *check_fingerprint(records, registration),
         *check_flags(records, comparison),

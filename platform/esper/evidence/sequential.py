@@ -1,12 +1,20 @@
-"""Evidence that may be looked at after every pair: an e-process on paired differences.
+"""Evidence that may be looked at before the end: planned looks, and an e-process.
 
-A fixed-sample test that is looked at again and again finds a winner sooner or later. The e-process
-is a bet against "the differences are symmetric about zero or lie lower": under that null its value
-reaches 1 / alpha at any time with probability at most alpha.
+A fixed-sample test that is looked at again and again finds a winner sooner or later.
+
+Planned looks share every error rate among them: at each, a test may err with its share of the rate
+alone, and by the union bound all of them together with the rate itself, whatever the test and
+whatever the reason to stop. The first shares are small, so that little is lost at the last look.
+
+The e-process is a bet against "the differences are symmetric about zero or lie lower": under that
+null its value reaches 1 / alpha at any time with probability at most alpha.
 """
 
 import math
 from bisect import insort
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +22,35 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 
 BETS = (0.25, 0.5, 1.0, 2.0)
+
+
+class Look(NamedTuple):
+    """A moment at which a sweep is judged: its number, its pairs, its share of each error rate."""
+
+    number: int
+    of: int
+    pairs: int
+    share: float
+
+
+def plan_looks(looks: Sequence[int], pairs: int) -> list[Look]:
+    """The looks of a sweep; without planned ones a single look at the end, with all of each rate.
+
+    The share spent by a look is the square of the fraction of pairs that it sees, so that 12, 20
+    and 30 pairs get 16 %, 28 % and 56 %.
+
+    Args:
+        looks: Rising numbers of pairs, the last one all of them; or none.
+        pairs: All pairs.
+
+    Source: Kim and DeMets, Biometrika 74 (1987), the power family with exponent 2; Lan and DeMets,
+    Biometrika 70 (1983), for spending.
+    """
+    ends = [0, *(looks or (pairs,))]
+    return [
+        Look(number, len(ends) - 1, end, (end * end - start * start) / (pairs * pairs))
+        for number, (start, end) in enumerate(pairwise(ends), start=1)
+    ]
 
 
 def e_process(differences: ArrayLike) -> Floats:

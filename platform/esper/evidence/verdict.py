@@ -42,8 +42,14 @@ from esper.evidence.paired import (
     win_probability,
 )
 from esper.evidence.records import Record, Registration, TrialRecord
+from esper.evidence.sequential import Look, plan_looks
 
 VerdictName = Literal["WIN", "LOSE", "EQUIVALENT", "INCONCLUSIVE", "UNHEALTHY"]
+
+
+def _is_none(value: object) -> bool:
+    # verdicts without planned looks are written as they were before there were any
+    return value is None
 
 
 class Verdict(Record):
@@ -105,6 +111,12 @@ class Verdict(Record):
         default=None,
         description="INCONCLUSIVE: pairs in all that a new sweep needs; None if beyond 1,000.",
     )
+    look: int | None = Field(
+        default=None, exclude_if=_is_none, description="Number of the planned look that was last."
+    )
+    look_share: float | None = Field(
+        default=None, exclude_if=_is_none, description="What that look may spend of each rate."
+    )
     commit: str | None
     registration_hash: str
 
@@ -139,6 +151,7 @@ class _Examined:
     """A comparison, and either the reasons against judging it or its measurements."""
 
     comparison: Comparison
+    look: Look
     pairs: int
     missing: int
     reasons: list[str]
@@ -193,6 +206,7 @@ def judge(
     comparison: Comparison,
     *,
     p_holm: HolmAdjusted | None = None,
+    look: Look | None = None,
     dependent_arms: frozenset[str] = frozenset(),
     salted_arms: frozenset[str] = frozenset(),
 ) -> Verdict:
@@ -204,21 +218,27 @@ def judge(
         registration: The question, written before the first trial.
         comparison: The primary comparison, or a secondary one together with `p_holm`.
         p_holm: The adjusted p-values that decide a secondary comparison; `judge_all` finds them.
+        look: The planned look; None: the last one.
         dependent_arms: Arms that follow another arm, exempt from the balance of the order.
         salted_arms: Arms that add a salt to the pair's seed.
 
     Raises:
         ValueError: If a secondary comparison comes without `p_holm`.
     """
-    primary = registration.question
-    is_primary = sides_of(comparison) == sides_of(primary)
-    if p_holm is None and not is_primary and _is_registered(registration, comparison):
+    question = registration.question
+    if p_holm is None and question.asks(comparison) and not question.is_primary(comparison):
         raise ValueError(
             f"p_holm must be given for the secondary comparison of '{comparison.treatment}' "
             f"against '{comparison.control}', but got {p_holm=}; call judge_all."
         )
-    examined = _examine(records, registration, comparison, dependent_arms, salted_arms)
+    look = look or looks_of(registration)[-1]
+    examined = _examine(records, registration, comparison, look, dependent_arms, salted_arms)
     return _conclude(examined, registration, p_holm)
+
+
+def looks_of(registration: Registration) -> list[Look]:
+    """When the sweep is judged."""
+    return plan_looks(registration.question.looks, registration.pairs)
 
 
 def judge_all(
@@ -227,11 +247,10 @@ def judge_all(
     dependent_arms: frozenset[str] = frozenset(),
     salted_arms: frozenset[str] = frozenset(),
 ) -> list[Verdict]:
-    """Judge every registered comparison, the primary one first.
+    """Judge every registered comparison, the primary one first, at one planned look after another.
 
-    Holm's correction over the secondary comparisons is applied to each direction, and to
-    equivalence, by itself: the chance of any false WIN among them stays below 0.025, and so does
-    that of any false LOSE. An UNHEALTHY comparison stays in the family, with p = 1.
+    The first look at which the primary comparison is not INCONCLUSIVE is the last one, for all
+    comparisons; what was run after it is not looked at.
 
     Args:
         records: All trials of the sweep.
@@ -239,11 +258,41 @@ def judge_all(
         dependent_arms: Arms that follow another arm, exempt from the balance of the order.
         salted_arms: Arms that add a salt to the pair's seed.
     """
+    verdicts: list[Verdict] = []
+    for look in looks_of(registration):
+        verdicts = judge_look(records, registration, look, dependent_arms, salted_arms)
+        if verdicts[0].verdict != "INCONCLUSIVE":
+            break
+    return verdicts
+
+
+def judge_look(
+    records: Sequence[TrialRecord],
+    registration: Registration,
+    look: Look,
+    dependent_arms: frozenset[str] = frozenset(),
+    salted_arms: frozenset[str] = frozenset(),
+) -> list[Verdict]:
+    """Judge every registered comparison at one look, the primary one first.
+
+    Holm's correction over the secondary comparisons is applied to each direction, and to
+    equivalence, by itself: the chance of any false WIN among them stays below 0.025, and so does
+    that of any false LOSE. An UNHEALTHY comparison stays in the family, with p = 1.
+
+    Args:
+        records: All trials of the sweep; those of pairs that the look does not see are left out.
+        registration: The question, written before the first trial.
+        look: Which pairs, and what they may spend.
+        dependent_arms: Arms that follow another arm, exempt from the balance of the order.
+        salted_arms: Arms that add a salt to the pair's seed.
+    """
     primary, *secondary = (
-        _examine(records, registration, comparison, dependent_arms, salted_arms)
+        _examine(records, registration, comparison, look, dependent_arms, salted_arms)
         for comparison in registration.question.comparisons
     )
-    family = [e.measured.p if e.measured else PValues(1.0, 1.0, 1.0) for e in secondary]
+    family = [
+        e.measured.p.at(look.share) if e.measured else PValues(1.0, 1.0, 1.0) for e in secondary
+    ]
     better, worse, equivalent = (holm([p[i] for p in family]) for i in range(3))
     adjusted = [
         HolmAdjusted(PValues(*p), len(family)) for p in zip(better, worse, equivalent, strict=True)
@@ -297,27 +346,32 @@ def _mean_of(runs: Sequence[TrialRecord], metric: str) -> float | None:
     return float(np.mean(values)) if values and np.isfinite(values).all() else None
 
 
-def _is_registered(registration: Registration, comparison: Comparison) -> bool:
-    return sides_of(comparison) in [sides_of(c) for c in registration.question.comparisons]
-
-
 def _examine(
     records: Sequence[TrialRecord],
     registration: Registration,
     comparison: Comparison,
+    look: Look,
     dependent_arms: frozenset[str],
     salted_arms: frozenset[str],
 ) -> _Examined:
+    # strangers are not hidden from the health checks
+    records = [r for r in records if not look.pairs <= r.pair < registration.pairs]
     reasons = unhealthy_reasons(
-        records, registration, comparison, dependent_arms=dependent_arms, salted_arms=salted_arms
+        records,
+        registration,
+        comparison,
+        pairs=look.pairs,
+        dependent_arms=dependent_arms,
+        salted_arms=salted_arms,
     )
     treatment, control = ({r.pair for r in runs_of(records, a)} for a in sides_of(comparison))
     return _Examined(
         comparison=comparison,
+        look=look,
         pairs=len(treatment & control),
-        missing=len(missing_runs(records, registration, comparison)),
+        missing=len(missing_runs(records, registration, comparison, look.pairs)),
         reasons=reasons,
-        measured=None if reasons else measure(records, registration, comparison),
+        measured=None if reasons else measure(records, registration, comparison, look.share),
     )
 
 
@@ -334,9 +388,11 @@ def _conclude(
                 "differences": [],
             }
         )
-    m = examined.measured
-    name, rule = decide(m.differences.size, adjusted.p if adjusted else m.p, m.guardrails)
-    needed = _pairs_needed(m, registration, adjusted) if name == "INCONCLUSIVE" else None
+    m, look = examined.measured, examined.look
+    p = adjusted.p if adjusted else m.p.at(look.share)
+    name, rule = decide(m.differences.size, p, m.guardrails)
+    goal = registration.question.goal_of(examined.comparison)
+    needed = _pairs_needed(m, goal.margin, look, adjusted) if name == "INCONCLUSIVE" else None
     return Verdict.model_validate(
         {
             **_identity(examined, registration),
@@ -344,7 +400,7 @@ def _conclude(
             "verdict": name,
             "rule": rule,
             "reasons": [
-                *_reasons(m, registration, adjusted),
+                *_reasons(m, goal.metric, look, adjusted),
                 *(_needed_reason(needed) if name == "INCONCLUSIVE" else ()),
             ],
             "p_holm": adjusted.p.better if adjusted else None,
@@ -357,15 +413,18 @@ def _conclude(
 
 def _identity(examined: _Examined, registration: Registration) -> dict[str, object]:
     question = registration.question
+    goal = question.goal_of(examined.comparison)
     return {
         "treatment": examined.comparison.treatment,
         "control": examined.comparison.control,
-        "metric": question.metric,
-        "higher_is_better": question.higher_is_better,
+        "metric": goal.metric,
+        "higher_is_better": goal.higher_is_better,
         "test": question.test,
-        "margin": question.margin,
+        "margin": goal.margin,
         "pairs": examined.pairs,
         "missing": examined.missing,
+        "look": examined.look.number if question.looks else None,
+        "look_share": examined.look.share if question.looks else None,
         "commit": registration.fingerprint.commit,
         "registration_hash": registration.registration_hash,
     }
@@ -401,16 +460,16 @@ def _numbers(m: Measured) -> dict[str, object]:
 
 
 def _pairs_needed(
-    m: Measured, registration: Registration, adjusted: HolmAdjusted | None
+    m: Measured, margin: float, look: Look, adjusted: HolmAdjusted | None
 ) -> int | None:
-    """Pairs for the primary question, or for the guardrails where they alone are undecided."""
-    better = adjusted.p.better if adjusted else m.p.better
+    """Pairs for the question, or for the guardrails where they alone are undecided."""
+    better = adjusted.p.better if adjusted else m.p.at(look.share).better
     undecided = [g.pairs_needed for g in m.guardrails if not g.passed and not g.failed]
     if better <= ALPHA and undecided:
         bounded = [n for n in undecided if n is not None]
         return max(bounded) if len(bounded) == len(undecided) else None
-    alpha = ALPHA / (adjusted.family if adjusted else 1)
-    return pairs_needed(m.differences, registration.question.margin, alpha=alpha)
+    alpha = ALPHA * look.share / (adjusted.family if adjusted else 1)
+    return pairs_needed(m.differences, margin, alpha=alpha)
 
 
 def _needed_reason(needed: int | None) -> list[str]:
@@ -419,22 +478,27 @@ def _needed_reason(needed: int | None) -> list[str]:
     return [f"A new sweep needs about {needed} pairs to decide, if they look like these."]
 
 
-def _reasons(m: Measured, registration: Registration, adjusted: HolmAdjusted | None) -> list[str]:
+def _reasons(m: Measured, metric: str, look: Look, adjusted: HolmAdjusted | None) -> list[str]:
     """What a reader must know beside the rule: effect, correction, collapses, guardrails."""
     d, n = m.differences, m.differences.size
     low, high = t_interval(d)
     reasons = [
-        f"The mean difference of '{registration.question.metric}' over {n} pairs is "
+        f"The mean difference of '{metric}' over {n} pairs is "
         f"{d.mean():+.4g} (95 % interval {low:+.4g} to {high:+.4g}; positive: treatment better); "
         f"one-sided p {m.p.better:.3g} for better, {m.p.worse:.3g} for worse, "
         f"{m.p.equivalent:.3g} for equivalent."
     ]
+    if look.of > 1:
+        reasons.append(
+            f"Look {look.number} of {look.of} was the last one, after {n} pairs; it may spend "
+            f"{look.share:.3g} of each error rate, so that p-values count as divided by that."
+        )
     if adjusted:
         reasons.append(
             f"Holm's correction over {adjusted.family} {adjusted.of} gives "
             f"{adjusted.p.better:.3g}, {adjusted.p.worse:.3g} and {adjusted.p.equivalent:.3g}."
         )
-        if adjusted.family * 0.5**n > ALPHA:
+        if adjusted.family * 0.5**n > ALPHA * look.share:
             reasons.append(f"{n} pairs are too few for any WIN or LOSE after that correction.")
     t, c = int(m.collapsed_treatment.sum()), int(m.collapsed_control.sum())
     if t or c:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from esper.config.base import ConfigError
-from esper.config.sweep import Comparison, SweepConfig, content_hash
+from esper.config.sweep import Comparison, Question, SweepConfig, content_hash
 from esper.evidence.records import (
     Record,
     Registration,
@@ -24,7 +24,7 @@ from esper.evidence.records import (
     write_text,
 )
 from esper.evidence.search import search_records
-from esper.evidence.verdict import Verdict, judge_all
+from esper.evidence.verdict import Verdict, judge_all, looks_of
 
 CONFIG, SEAL, REGISTRATION = "config.json", "SHA256SUMS", "registration.json"
 R = TypeVar("R", bound=Record)
@@ -118,7 +118,7 @@ def verify(folder: Path, sweep: SweepConfig | None = None) -> Verification:
     records, verdicts = ran, list[Verdict]()
     if registration is not None and config is not None:
         sweep, config_hash = config
-        findings += _registered(registration, sweep, config_hash, ran)
+        differing: list[str] = []
         try:
             records = [*ran, *search_records(ran, sweep.searches)]
             verdicts = judge_all(
@@ -128,9 +128,13 @@ def verify(folder: Path, sweep: SweepConfig | None = None) -> Verification:
                 salted_arms=sweep.salted_arms,
             )
         except (KeyError, ValueError) as error:
-            findings.append(f"the records cannot be judged: {_short(error)}.")
+            differing.append(f"the records cannot be judged: {_short(error)}.")
         else:
-            findings += _unequal(folder, verdicts)
+            differing += _unequal(folder, registration.question, verdicts)
+        findings += _registered(
+            registration, sweep, config_hash, ran, _pairs_run(registration, verdicts)
+        )
+        findings += differing
     return Verification(
         folder=folder,
         registration=registration,
@@ -214,9 +218,13 @@ def _unsealed(folder: Path) -> Iterator[str]:
 
 
 def _registered(
-    registration: Registration, sweep: SweepConfig, config_hash: str, ran: list[TrialRecord]
+    registration: Registration,
+    sweep: SweepConfig,
+    config_hash: str,
+    ran: list[TrialRecord],
+    pairs: int,
 ) -> Iterator[str]:
-    """Whether registration, configuration and records belong together."""
+    """Whether registration, configuration and the records of the first pairs belong together."""
     stated = registration.registration_hash
     expected = canonical_hash(registration, "sweep", "config_hash", "question", "pairs", "arms")
     if stated != expected:
@@ -228,10 +236,12 @@ def _registered(
         )
     present = {(r.arm, r.pair) for r in ran}
     for arm in sweep.arms:
-        for pair in range(registration.pairs):
+        for pair in range(pairs):
             if (arm, pair) not in present:
                 yield f"trials/{arm}-{pair:03d}.json is missing: no record of a registered run."
     for record in ran:
+        if pairs <= record.pair < registration.pairs:
+            yield f"trials/{record.trial_id}.json is of a pair after the look that decided."
         if record.registration_hash != stated:
             yield (
                 f"trials/{record.trial_id}.json is of another registration: "
@@ -239,9 +249,18 @@ def _registered(
             )
 
 
-def _unequal(folder: Path, verdicts: Sequence[Verdict]) -> Iterator[str]:
+def _pairs_run(registration: Registration, verdicts: Sequence[Verdict]) -> int:
+    """Pairs until the look that decided; all where nothing could be judged."""
+    look = verdicts[0].look if verdicts else None
+    return registration.pairs if look is None else looks_of(registration)[look - 1].pairs
+
+
+def _unequal(folder: Path, question: Question, verdicts: Sequence[Verdict]) -> Iterator[str]:
     """How the stored verdicts differ from those that were judged again."""
-    expected = {verdict_name(verdict): verdict for verdict in verdicts}
+    expected = {
+        verdict_name(comparison, question): verdict
+        for comparison, verdict in zip(question.comparisons, verdicts, strict=True)
+    }
     for name, verdict in expected.items():
         yield from _differences(folder / "verdicts" / name, verdict)
     for path in sorted((folder / "verdicts").glob("*.json")):
@@ -249,9 +268,11 @@ def _unequal(folder: Path, verdicts: Sequence[Verdict]) -> Iterator[str]:
             yield f"verdicts/{path.name} is of no registered comparison."
 
 
-def verdict_name(comparison: Comparison | Verdict) -> str:
+def verdict_name(comparison: Comparison, question: Question) -> str:
     """Name of the file that holds a comparison's verdict."""
-    return f"{comparison.treatment}-vs-{comparison.control}.json"
+    metric = question.goal_of(comparison).metric
+    own = "" if metric == question.metric else f"-on-{metric}"
+    return f"{comparison.treatment}-vs-{comparison.control}{own}.json"
 
 
 def _differences(path: Path, again: Verdict) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from esper.config.sweep import Comparison, Guardrail, Question
+from esper.config.sweep import Guardrail, Question, Secondary
 from esper.evidence.records import Fingerprint, Registration, TrialRecord, canonical_hash
 from esper.evidence.verdict import Verdict, judge_all
 
@@ -63,10 +63,11 @@ def plant(
     *,
     guarded: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     guardrails: Sequence[Guardrail] = (),
-    secondary: Sequence[tuple[str, str]] = (),
+    secondary: Sequence[tuple[str, str] | Secondary] = (),
     margin: float = 0.1,
     higher_is_better: bool = True,
     test: str = "sign_flip",
+    looks: Sequence[int] = (),
 ) -> Sweep:
     """A healthy sweep whose first arm is the treatment and whose second is the control.
 
@@ -74,10 +75,11 @@ def plant(
         values: Of the metric 'score', one a pair for each arm; NaN is a collapsed run.
         guarded: Further metrics: metric -> arm -> one value a pair.
         guardrails: On those metrics.
-        secondary: Pairs of arm names.
+        secondary: Pairs of arm names, or comparisons with a metric of their own.
         margin: Of equivalence.
         higher_is_better: Of the score.
         test: The registered test.
+        looks: Numbers of pairs after which the sweep is judged.
     """
     arms = list(values)
     question = Question(
@@ -88,7 +90,11 @@ def plant(
         margin=margin,
         test=test,
         guardrails=tuple(guardrails),
-        secondary=tuple(Comparison(treatment=t, control=c) for t, c in secondary),
+        secondary=tuple(
+            c if isinstance(c, Secondary) else Secondary(treatment=c[0], control=c[1])
+            for c in secondary
+        ),
+        looks=tuple(looks),
     )
     pairs = len(values[arms[0]])
     registration = register(question, pairs, arms)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from esper.config.arena import Scale
-from esper.config.sweep import Comparison, Question
+from esper.config.sweep import Question, Secondary
 from esper.evidence.arena import (
     ArenaRegistration,
     TaskEvidence,
@@ -26,7 +26,7 @@ def task(higher=True, collapsed=(), **means):
     """A task whose arms have these means up to noise; `collapsed` are (arm, pair)."""
     arms = list(means)
     treatment, *controls = reversed(arms)
-    comparisons = [Comparison(treatment=treatment, control=c) for c in controls]
+    comparisons = [Secondary(treatment=treatment, control=c) for c in controls]
     question = Question(
         treatment=treatment, control=controls[0], metric="m", higher_is_better=higher,
         margin=0.05, secondary=tuple(comparisons[1:]),

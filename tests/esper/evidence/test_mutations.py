@@ -11,7 +11,7 @@ from scipy import stats
 from esper.evidence import compare, paired, verdict
 from esper.evidence.paired import rank_collapsed
 from esper.evidence.planning import sign_flips
-from esper.evidence.sequential import e_process
+from esper.evidence.sequential import Look, e_process, plan_looks
 
 ALPHA = 0.025
 QUICK_AND_SLOW = pytest.mark.parametrize(
@@ -127,6 +127,56 @@ def test_uncorrected_peeking_is_caught(repetitions):
     assert naive.mean() > 0.2
     # the single look that was planned is right
     assert band.says(peeks[-1]) == "in"
+
+
+LOOKS = (12, 20, 30)
+
+
+def stopping(d: np.ndarray, looks: list[Look]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which experiments end with "better" or "worse", and after how many pairs they stop."""
+    better, worse = np.zeros(len(d), dtype=bool), np.zeros(len(d), dtype=bool)
+    pairs = np.full(len(d), looks[-1].pairs)
+    for look in looks:
+        going = ~(better | worse)
+        p = sign_flips(d[going, : look.pairs])
+        better[going], worse[going] = (side <= ALPHA * look.share for side in p)
+        pairs[going & (better | worse)] = look.pairs
+    return better, worse, pairs
+
+
+@QUICK_AND_SLOW
+def test_uncorrected_looks_are_caught(repetitions):
+    d = np.random.default_rng(9).normal(size=(repetitions, LOOKS[-1]))
+    looks = plan_looks(LOOKS, LOOKS[-1])
+    band, both = Band(repetitions), Band(repetitions, 2 * ALPHA)
+    better, worse, _ = stopping(d, looks)
+    # the looks are not independent, so that the shares' sum is a bound
+    for found in (better, worse):
+        assert band.says(found) != "too many"
+    assert both.says(better | worse) != "too many"
+    assert (better | worse).mean() <= 0.056
+    better, worse, _ = stopping(d, [look._replace(share=1.0) for look in looks])
+    assert band.says(better) == "too many"
+    assert both.says(better | worse) == "too many"
+
+
+def test_planned_looks_find_one_standard_deviation_with_half_of_the_pairs():
+    d = np.random.default_rng(10).normal(1, 1, size=(1_000, LOOKS[-1]))
+    better, _, pairs = stopping(d, plan_looks(LOOKS, LOOKS[-1]))
+    print(f"{better.mean():.1%} after {pairs.mean():.1f} pairs")
+    assert better.mean() >= 0.99
+    assert pairs.mean() <= 17
+
+
+def test_the_real_judge_stops_where_the_simulated_rule_does(plant):
+    d = np.random.default_rng(11).normal(0.6, 1, size=(12, 16))
+    better, worse, pairs = stopping(d, plan_looks((8, 12, 16), 16))
+    assert {8, 12, 16} == set(pairs.tolist())
+    for row, up, down, stop in zip(d, better, worse, pairs, strict=True):
+        sweep = plant({"t": row.tolist(), "c": [0.0] * 16}, looks=(8, 12, 16), margin=1e-6)
+        said = sweep.primary()
+        assert said.pairs == stop
+        assert said.verdict == ("WIN" if up else "LOSE" if down else "INCONCLUSIVE")
 
 
 @QUICK_AND_SLOW

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from esper.evidence.sequential import BETS, e_process
+from esper.evidence.sequential import BETS, e_process, plan_looks
 
 NOISES = {
     "normal": lambda rng, n: rng.normal(size=n),
@@ -61,6 +61,16 @@ def test_a_constant_difference_gains_and_zeros_say_nothing():
     assert e_process(-np.ones(12))[-1] < 0
     assert not e_process(np.zeros(12)).any()
     assert e_process([5.0])[0] == 0
+
+
+def test_planned_looks_share_what_a_single_one_would_have():
+    assert plan_looks((), 16) == [(1, 1, 16, 1.0)]
+    looks = plan_looks((12, 20, 30), 30)
+    assert [(look.number, look.of, look.pairs) for look in looks] == [
+        (1, 3, 12), (2, 3, 20), (3, 3, 30),
+    ]  # fmt: skip
+    assert [look.share for look in looks] == pytest.approx([0.16, 0.2844, 0.5556], abs=1e-4)
+    assert sum(look.share for look in looks) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("bad", [[], [1.0, math.nan], [math.inf], [[1.0]]])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.config.sweep import Guardrail
+from esper.config.sweep import Guardrail, Secondary
 from esper.evidence.compare import GuardrailResult, PValues
 from esper.evidence.paired import equivalence_p, pairs_for_effect, sign_flip_p, wilcoxon_p
 from esper.evidence.verdict import Verdict, decide, judge, judge_all, summarise
@@ -363,3 +363,72 @@ def test_summaries_of_data_that_cannot_be_judged(plant) -> None:
     assert (empty["a"].runs, empty["a"].mean, empty["a"].steps) == (0, None, None)
     short = sweep.change("a-000", metrics={"steps": 5.0})
     assert summarise(short.records, short.registration)["a"].parameters_mean is None
+
+
+SIXTEEN = [v + 0.001 * k for k, v in enumerate(BASE + BASE[:6])]
+
+
+def shifted(by, values=SIXTEEN):
+    return [v + by + 0.3 * e for v, e in zip(values, NOISE + NOISE[:6], strict=True)]
+
+
+def test_the_first_look_that_decides_is_the_last_one(plant) -> None:
+    sweep = plant({"b": shifted(0.2), "a": SIXTEEN, "c": shifted(-0.2)}, looks=(8, 12, 16),
+                  secondary=[("c", "a")])  # fmt: skip
+    win, secondary = judge_all(sweep.records, sweep.registration)
+    assert (win.verdict, win.pairs, win.look, win.look_share) == ("WIN", 8, 1, 0.25)
+    assert (secondary.verdict, secondary.pairs, secondary.look) == ("LOSE", 8, 1)
+    assert secondary.p_holm_lose == pytest.approx(4 * secondary.p_value_lose)
+    # what was not run after it is not missing, and what was run is not looked at
+    early = [r for r in sweep.records if r.pair < 8]
+    assert judge_all(early, sweep.registration) == [win, secondary]
+    # the same data in a sweep without looks, and all of them at a last look
+    plain = plant({"b": shifted(0.2), "a": SIXTEEN}).primary()
+    assert (plain.verdict, plain.pairs, plain.look) == ("WIN", 16, None)
+    last = judge(sweep.records, sweep.registration, sweep.registration.question.comparisons[0])
+    assert (last.pairs, last.look, last.p_value) == (16, 3, plain.p_value)
+
+
+def test_a_look_may_spend_its_share_alone(plant) -> None:
+    """p = 3 / 256 at the first look: enough for 0.025, not for a quarter of it."""
+    d = [1.0] * 7 + [-0.9] + [0.01, -0.01] * 4
+    assert plant({"b": d[:8], "a": [0.0] * 8}, margin=1e-6).primary().verdict == "WIN"
+    sweep = plant({"b": d, "a": [0.0] * 16}, margin=1e-6, looks=(8, 16))
+    verdict = sweep.primary()
+    assert (verdict.look, verdict.pairs) == (2, 16)
+
+
+def test_a_look_is_unhealthy_where_its_own_pairs_are(plant) -> None:
+    sweep = plant({"b": shifted(0.2), "a": SIXTEEN}, looks=(8, 16))
+    assert sweep.without("b-009").primary().verdict == "WIN"
+    broken = sweep.without("b-007").primary()
+    assert (broken.verdict, broken.missing, broken.look) == ("UNHEALTHY", 1, 1)
+
+
+def test_a_secondary_comparison_may_have_a_metric_of_its_own(plant) -> None:
+    times = {"b": [2.0 + 0.01 * k for k in range(10)], "a": [1.0 + 0.01 * k for k in range(10)]}
+    seconds = {"metric": "seconds", "higher_is_better": False, "margin": 0.1}
+    own = Secondary(treatment="b", control="a", **seconds)
+    sweep = plant({"b": plus(BASE, 0.2), "a": BASE}, guarded={"seconds": times}, secondary=[own])
+    win, slower = judge_all(sweep.records, sweep.registration)
+    assert (win.verdict, win.metric) == ("WIN", "score")
+    assert (slower.verdict, slower.metric, slower.margin) == ("LOSE", "seconds", 0.1)
+    assert slower.mean_difference == pytest.approx(-1.0)
+    assert not slower.higher_is_better
+    lost = sweep.change("b-003", metrics={"score": 1.0})
+    win, unhealthy = judge_all(lost.records, sweep.registration)
+    assert (win.verdict, unhealthy.verdict) == ("WIN", "UNHEALTHY")
+
+
+def test_questions_and_verdicts_without_looks_are_written_as_they_were_before_there_were_any(
+    plant,
+) -> None:
+    """Or the hashes of stored registrations would not be theirs any more."""
+    sweep = plant({"b": BASE, "a": BASE, "c": BASE}, secondary=[("c", "a")])
+    question = sweep.registration.question.model_dump(mode="json")
+    assert set(question) == {
+        "treatment", "control", "metric", "higher_is_better", "margin", "test", "guardrails",
+        "secondary",
+    }  # fmt: skip
+    assert question["secondary"] == [{"treatment": "c", "control": "a"}]
+    assert not {"look", "look_share"} & set(sweep.primary().model_dump())

@@ -87,8 +87,9 @@ class Stored:
             dependent_arms=sweep.dependent_arms,
             salted_arms=sweep.salted_arms,
         )
-        for verdict in self.verdicts:
-            write_json(folder / "verdicts" / verdict_name(verdict), verdict)
+        question = sweep.question
+        for comparison, verdict in zip(question.comparisons, self.verdicts, strict=True):
+            write_json(folder / "verdicts" / verdict_name(comparison, question), verdict)
         seal(folder)
 
     def edit(self, name, pattern, text):

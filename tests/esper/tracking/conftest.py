@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 
-from esper.config.sweep import Comparison, Question
+from esper.config.sweep import Question, Secondary
 from esper.evidence.records import (
     Fingerprint,
     Registration,
@@ -29,7 +29,7 @@ QUESTION = Question(
     metric="test_accuracy",
     margin=0.01,
     secondary=tuple(
-        Comparison(treatment="esper", control=arm) for arm in ("random", "schedule", "host")
+        Secondary(treatment="esper", control=arm) for arm in ("random", "schedule", "host")
     ),
 )
 LIFE = ("TRAINING", "GRAFTING", "STABILIZATION", "EVALUATING", "FINE_TUNING", "FOSSILIZED")
