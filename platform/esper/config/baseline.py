@@ -77,6 +77,9 @@ class BaselineConfig(Config):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     device: Literal["cpu", "cuda"] = "cpu"
+    gpus: PositiveInt = Field(
+        1, description="Blocks measured side by side, each whole on a GPU of its own; 1 on a CPU."
+    )
     threads: PositiveInt = Field(1, description="Of torch, in every process.")
     seed: NonNegativeInt = 0
     workload: Workload
@@ -98,6 +101,11 @@ class BaselineConfig(Config):
 
     @model_validator(mode="after")
     def _complete(self) -> "BaselineConfig":
+        if self.device == "cpu" and self.gpus > 1:
+            raise ValueError(
+                f"gpus must be 1 for device 'cpu', but got {self.gpus}: blocks side by side would "
+                "disturb one another."
+            )
         names = set(self.implementations)
         if len(names) < len(self.implementations):
             raise ValueError(f"implementations must differ, but got {list(self.implementations)}.")

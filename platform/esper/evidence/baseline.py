@@ -17,9 +17,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
+from queue import Queue
 from typing import Literal, NamedTuple, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, Field, ValidationError
@@ -135,7 +137,9 @@ def run(
     if len(missing) < len(blocks):
         say(f"{len(blocks) - len(missing)} of {len(blocks)} blocks are there already")
     started = time.monotonic()
-    for done, block in enumerate(missing, 1):
+    idle = _gpus(config)
+
+    def measure(block: list[Place]) -> tuple[list[Place], float]:
         asked = {
             _file(folder, p): Request(
                 config=config, implementation=p.implementation, block=p.block,
@@ -143,13 +147,25 @@ def run(
             )
             for p in block
         }  # fmt: skip
-        began = time.monotonic()
-        _processes(asked, config.threads)
-        now = time.monotonic()
-        left_s = int((now - started) / done * (len(missing) - done))
-        say(f"block {block[0].block + 1}: {', '.join(p.name for p in block)}; {now - began:.1f} s; "
-            f"{len(blocks) - len(missing) + done} of {len(blocks)} done, "
-            f"about {left_s // 60}:{left_s % 60:02d} min left")  # fmt: skip
+        began, gpu = time.monotonic(), idle.get()
+        try:
+            _processes(asked, config.threads, gpu)
+        finally:
+            idle.put(gpu)
+        return block, time.monotonic() - began
+
+    with ThreadPoolExecutor(config.gpus) as lanes:
+        waiting = [lanes.submit(measure, block) for block in missing]
+        try:
+            for done, future in enumerate(as_completed(waiting), 1):
+                block, took_s = future.result()
+                left_s = int((time.monotonic() - started) / done * (len(missing) - done))
+                say(f"block {block[0].block + 1}: {', '.join(p.name for p in block)}; "
+                    f"{took_s:.1f} s; {len(blocks) - len(missing) + done} of {len(blocks)} done, "
+                    f"about {left_s // 60}:{left_s % 60:02d} min left")  # fmt: skip
+        finally:
+            # what has not begun is not begun after a failure
+            lanes.shutdown(cancel_futures=True)
     if not (folder / "facts.json").exists():
         _processes({folder / "facts.json": Request(config=config, kind="facts")}, config.threads)
     if not (folder / "lifecycle.json").exists():
@@ -201,7 +217,30 @@ def _file(folder: Path, place: Place) -> Path:
     return folder / "arms" / f"{place.name}.json"
 
 
-def _processes(asked: Mapping[Path, Request], threads: int) -> None:
+def _gpus(config: BaselineConfig) -> Queue[str | None]:
+    """The GPUs that blocks take turns on, as CUDA_VISIBLE_DEVICES names them; None: any device.
+
+    Raises:
+        BaselineError: If fewer are visible than the configuration asks for.
+    """
+    names: list[str | None] = [None]
+    if config.gpus > 1:
+        import torch
+
+        listed = [n for n in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if n]
+        names = [*(listed or map(str, range(torch.cuda.device_count())))][: config.gpus]
+        if len(names) < config.gpus:
+            raise BaselineError(
+                f"gpus must be visible, but {config.gpus} are asked for and {len(names)} are; "
+                "change `gpus` or CUDA_VISIBLE_DEVICES."
+            )
+    idle: Queue[str | None] = Queue()
+    for name in names:
+        idle.put(name)
+    return idle
+
+
+def _processes(asked: Mapping[Path, Request], threads: int, gpu: str | None = None) -> None:
     """Answer requests in fresh processes, one after the other.
 
     They load their libraries side by side and then wait for their turn. Each result file appears
@@ -209,6 +248,8 @@ def _processes(asked: Mapping[Path, Request], threads: int) -> None:
     """
     # kernels in their interpreter would be measured as if they were the real ones
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if gpu is not None:
+        inherited |= {"CUDA_VISIBLE_DEVICES": gpu}
     running: dict[Path, subprocess.Popen[str]] = {}
     try:
         for result, request in asked.items():

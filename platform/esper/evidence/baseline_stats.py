@@ -329,7 +329,7 @@ def noise(baseline: Baseline, implementation: str, *, seed: int = 0) -> Noise:
         if least is not None:
             smallest[draft.metric] = least if draft.is_share else math.expm1(least)
     family, single = _resampled([d.d for d in tested], blocks, seed) if tested else (None, None)
-    ends = (None, None)
+    ends: tuple[float, float] | tuple[None, None] = (None, None)
     if family is not None:
         hits = round(family * REPETITIONS)
         interval = stats.binomtest(hits, REPETITIONS).proportion_ci(method="wilson")

@@ -125,12 +125,12 @@ def _legacy(workload: Workload, seed: int, device: torch.device) -> Built:
     for i, linear in enumerate(host(workload, seed)):
         layer = legacy.KasminaLayer(workload.width, workload.width, workload.seeds_per_layer)
         layer.default_transform.load_state_dict(linear.state_dict())
-        hidden = layer.seeds[0].b1.shape[0]
-        weights = seed_weights(workload, i, seed, int(hidden))
+        parameters = [list(one.parameters()) for one in layer.seeds]
+        weights = seed_weights(workload, i, seed, parameters[0][1].shape[0])
         for k in range(workload.active_seeds):
             layer.load_kernel(k, workload.blueprint)
-            one = layer.seeds[k]
-            for mine, drawn in zip((one.w1, one.b1, one.w2), weights, strict=True):
+            # incoming weights, biases, outgoing weights
+            for mine, drawn in zip(parameters[k], weights, strict=True):
                 mine.copy_(drawn[k])
             layer.set_seed_alpha(k, 1.0)
         layers.append(layer.to(device, DTYPES[workload.dtype]))

@@ -400,8 +400,7 @@ def _busy(config: BaselineConfig, built: Built, batch: int) -> dict[str, Measure
 def _sm_clock() -> Measured:
     """The clock of the multiprocessors just now, under load."""
     try:
-        import pynvml as nvml
-
+        nvml = import_module("pynvml")
         nvml.nvmlInit()
         handle = environment.nvml_handle(nvml)
         return present(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM), "MHz")
@@ -413,7 +412,7 @@ def _energy_meter(config: BaselineConfig) -> tuple[Callable[[], float] | None, s
     """A meter in joules, or why there is none."""
     if config.device == "cuda":
         try:
-            import pynvml as nvml
+            nvml = import_module("pynvml")
 
             nvml.nvmlInit()
             handle = environment.nvml_handle(nvml)

@@ -170,6 +170,7 @@ def test_controls_are_spread_and_the_order_is_random_and_reproducible():
 
 
 @pytest.mark.parametrize(("changed", "message"), [
+    ({"gpus": 2}, "gpus must be 1 for device 'cpu', but got 2"),
     ({"control_blocks": {"legacy": 1, "kasmina": 2}}, "control_blocks must be 2 to blocks"),
     ({"control_blocks": {"legacy": 2}}, "control_blocks must name legacy, kasmina"),
     ({"requests": {"kasmina": LOOP}}, "requests must name legacy, kasmina"),
