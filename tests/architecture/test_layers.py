@@ -14,7 +14,7 @@ LEAVES = ("esper.atomic", "esper.errors", "esper.registry", "esper.config", "esp
 LAYERS = (
     *("esper_kernels", "esper.seeds", "esper.surgery", "esper.training", "esper.controller"),
     # `esper` alone is the package root, which offers what stands before it
-    *("esper.evidence", "esper.release", "esper.trial", "esper.tracking", "esper"),
+    *("esper.evidence", "esper.release", "esper.trial", "esper.regress", "esper.tracking", "esper"),
     *("esper_experiments", "esper_serve", "esper.cli", "esper_experiments.entry"),
     # scripts, no package: they import each other by bare name
     "benchmarks",

@@ -1,11 +1,11 @@
 """The typer application. Commands import what they need when they run: `--help` is instant.
 
-Exit codes: 0 done (whatever the verdict), 1 a check of `doctor` failed, two logs differ or a stored
-sweep is not what it was, 2 a wrong command line or configuration, 3 something this command needs is
-missing or cannot be reached, 4 trials are missing and the same command continues, 5 the verdict is
-UNHEALTHY, 130 interrupted. `esper rollout step` and `esper gate` tell their decision instead:
-0 ADVANCE, 10 HOLD, 20 ROLLBACK, 30 INCONCLUSIVE. So does `esper baseline compare`: 0 nothing is
-worse, 10 suspected, 20 worse twice, 30 inconclusive.
+Exit codes: 0 done (whatever the verdict), 1 a check of `doctor` or `regress` failed, two logs
+differ or a stored sweep is not what it was, 2 a wrong command line or configuration, 3 something
+this command needs is missing or cannot be reached, 4 trials are missing and the same command
+continues, 5 the verdict is UNHEALTHY, 130 interrupted. `esper rollout step` and `esper gate` tell
+their decision instead: 0 ADVANCE, 10 HOLD, 20 ROLLBACK, 30 INCONCLUSIVE. So does `esper baseline
+compare`: 0 nothing is worse, 10 suspected, 20 worse twice, 30 inconclusive.
 """
 
 from pathlib import Path
@@ -22,10 +22,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Grow PyTorch networks while they train, and prove that the growth paid off.",
-    epilog="Exit codes: 0 done, 1 doctor, log diff or ab verify found something, 2 wrong command "
-    "or configuration, 3 something needed is missing, 4 trials missing (same command continues), "
-    "5 verdict UNHEALTHY, 130 interrupted. Rollout step and gate: 0 ADVANCE, 10 HOLD, 20 ROLLBACK, "
-    "30 INCONCLUSIVE.",
+    epilog="Exit codes: 0 done, 1 doctor, regress, log diff or ab verify found something, 2 wrong "
+    "command or configuration, 3 something needed is missing, 4 trials missing (same command "
+    "continues), 5 verdict UNHEALTHY, 130 interrupted. Rollout step and gate: 0 ADVANCE, 10 HOLD, "
+    "20 ROLLBACK, 30 INCONCLUSIVE.",
 )
 
 JsonOption = Annotated[
@@ -175,6 +175,26 @@ def run(
         assert config is not None
         trial = new_trial(config, seed or 0, replay)
     run_once(trial, checkpoint or resume, every, save, tracking_uri, json_file)
+
+
+@app.command()
+@explained
+def regress(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer generated cases and pairs, for every push.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where the numerics are computed.")] = "cpu",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this check alone; may be repeated.")
+    ] = None,
+    report: Annotated[
+        Path, typer.Option(help="JSON that gates read; the text is put beside it.", dir_okay=False)
+    ] = Path("runs/regress.json"),
+) -> None:
+    """Hold the legacy way to compute against those that replace it; exit code 1 if any fails."""
+    from esper.cli.regress import regress
+
+    raise typer.Exit(0 if regress(quick, device, only or [], report) else 1)
 
 
 log = typer.Typer(no_args_is_help=True, help="Decisions of runs: records or checkpoint folders.")

@@ -81,6 +81,17 @@ class TrialRecord(Record):
     sites: dict[str, int] = Field(description="Number of seeds of each lattice site.")
 
 
+class CheckRecord(Record):
+    """One check of the regression suite."""
+
+    name: str
+    layer: str = Field(description="'exact', 'numerics' or 'training'.")
+    problems: tuple[str, ...] = Field(description="What does not hold; empty: passed.")
+    cases: int = Field(description="Comparisons made.")
+    notes: tuple[str, ...]
+    seconds: float
+
+
 class Registration(Record):
     """The question, written down and hashed before the first trial runs."""
 

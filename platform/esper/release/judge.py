@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import AwareDatetime, Field
 
 from esper.evidence.paired import shift
-from esper.evidence.records import Record
+from esper.evidence.records import CheckRecord, Record
 from esper.evidence.sequential import Floats, e_process
 from esper.release.phases import Alert, Assertion, Guard, Policy, Quantity, check
 
@@ -86,6 +86,9 @@ class PhaseMeasurements(Record):
     commit: str | None = Field(description="Of the code that was measured.")
     ended_at: AwareDatetime
     quantities: dict[str, Quantity]
+    checks: tuple[CheckRecord, ...] = Field(
+        (), description="What the regression suite checked, for people; no gate reads it."
+    )
 
 
 class GateEvidence(Record):

@@ -82,9 +82,10 @@ def span_seeds(
     phi = phi_S.tolist()
 
     def unit(seed: int, weights: Sequence[Tensor]) -> Tensor:
-        w_in, b, w_out = weights
-        h_T = PHI[phi[seed]](x_TI.to(w_in.dtype) @ w_in + b)
-        return h_T.unsqueeze(1) * w_out
+        # as matrices, which torch counts as operations
+        w_in_I1, b, w_out_1O = weights[0].unsqueeze(1), weights[1], weights[2].unsqueeze(0)
+        h_T1: Tensor = PHI[phi[seed]](x_TI.to(b.dtype) @ w_in_I1 + b)
+        return h_T1 @ w_out_1O
 
     with torch.autocast(z_TO.device.type, enabled=False):
         y_TO = z_TO

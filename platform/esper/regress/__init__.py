@@ -1,0 +1,1 @@
+"""The regression suite: the legacy way to compute against those that replace it."""
