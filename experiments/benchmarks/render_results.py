@@ -51,11 +51,13 @@ def section(path: Path) -> str:
     ]
     for i, verdict in enumerate([result, *result["secondary"]]):
         p = verdict["p_value"] if verdict.get("p_holm") is None else verdict["p_holm"]
+        # the p stored is that of "better", which says nothing of an equivalence or a loss
+        by = f", p {p:.2g}" if verdict["verdict"] in ("WIN", "INCONCLUSIVE") else ""
         corrected = ", Holm-corrected" if i else ""
         difference = verdict["mean_difference"]
         lines.append(
             f"* **{verdict['verdict']}** {verdict['treatment']} against {verdict['control']}: "
-            f"mean difference {difference:+.4g} (positive: better), p {p:.2g}{corrected}."
+            f"mean difference {difference:+.4g} (positive: better){by}{corrected}."
         )
     return "\n".join(lines)
 

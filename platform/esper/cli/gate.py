@@ -4,14 +4,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from esper.release.errors import ReleaseError
-from esper.release.judge import Decision, GateEvidence, PhaseMeasurements, Verdict, judge_gate
+from esper.release.judge import Decision, GateEvidence, Verdict, judge_gate
 from esper.release.phases import load_migration
-from esper.release.rollout import parsed, read, rejudge
+from esper.release.rollout import read, read_measured, rejudge
 
 WORST_FIRST = (Decision.ROLLBACK, Decision.INCONCLUSIVE, Decision.HOLD, Decision.ADVANCE)
 
 
-def gate(config: Path, phase: int | None, measured: Path | None, rollout: Path | None) -> int:
+def gate(config: Path, phase: int | None, measured: list[Path], rollout: Path | None) -> int:
     """Print the decision on a phase's targets and gates, on a rollout's last evidence, or both.
 
     Returns:
@@ -22,9 +22,9 @@ def gate(config: Path, phase: int | None, measured: Path | None, rollout: Path |
     """
     now = datetime.now(UTC)
     verdicts = {}
-    if phase is not None and measured is not None:
+    if phase is not None and measured:
         verdicts[f"phase {phase}"] = _of_phase(config, phase, measured, now)
-    elif phase is not None or measured is not None:
+    elif phase is not None or measured:
         raise ReleaseError("a phase must be given with what was measured; give both or none.")
     if rollout is not None:
         verdicts[f"rollout {rollout.resolve().name}"] = _of_rollout(rollout, now)
@@ -37,10 +37,10 @@ def gate(config: Path, phase: int | None, measured: Path | None, rollout: Path |
     return min((v.decision for v in verdicts.values()), key=WORST_FIRST.index).exit_code
 
 
-def _of_phase(config: Path, number: int, measured: Path, now: datetime) -> Verdict:
+def _of_phase(config: Path, number: int, measured: list[Path], now: datetime) -> Verdict:
     plan = load_migration(config)
     phase = plan.phases.phase(number)
-    evidence = GateEvidence(measured=parsed(PhaseMeasurements, measured), judged_at=now)
+    evidence = GateEvidence(measured=read_measured(measured), judged_at=now)
     return judge_gate(evidence, (*phase.gates, *phase.targets), plan.migration.policy)
 
 

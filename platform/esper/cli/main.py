@@ -372,7 +372,13 @@ def plan_rollout(
 @explained
 def step_rollout(
     folder: RolloutFolder,
-    evidence: Annotated[Path, typer.Argument(help="Measurements as JSON.", dir_okay=False)],
+    evidence: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Measurements as JSON; before it begins, in several files if need be.",
+            dir_okay=False,
+        ),
+    ],
     actor: Actor = None,
 ) -> None:
     """Judge one interval, store it, and move the flag; a rollback moves it at once."""
@@ -404,7 +410,10 @@ def replay_rollout(folder: RolloutFolder) -> None:
 def gate_command(
     phase: Annotated[int | None, typer.Option(help="Phase whose targets and gates count.")] = None,
     measured: Annotated[
-        Path | None, typer.Option(help="What was measured, as JSON.", dir_okay=False)
+        list[Path] | None,
+        typer.Option(
+            help="What was measured, as JSON; more files of one commit are joined.", dir_okay=False
+        ),
     ] = None,
     rollout: Annotated[
         Path | None, typer.Option(help="Rollout whose last evidence counts.", file_okay=False)
@@ -414,7 +423,7 @@ def gate_command(
     """Decide from stored evidence alone, and change nothing."""
     from esper.cli.gate import gate
 
-    raise typer.Exit(gate(config, phase, measured, rollout))
+    raise typer.Exit(gate(config, phase, measured or [], rollout))
 
 
 baseline = typer.Typer(

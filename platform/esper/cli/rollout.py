@@ -63,7 +63,7 @@ def _share(bp: int | None) -> str:
     return "no rollout" if bp is None else f"{bp / 100:g} %"
 
 
-def step_rollout(folder: Path, evidence: Path, actor: str | None) -> int:
+def step_rollout(folder: Path, evidence: list[Path], actor: str | None) -> int:
     """Judge one interval and move the flag.
 
     Returns:

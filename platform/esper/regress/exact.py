@@ -175,7 +175,7 @@ def commanded_lattice(steps: int) -> Finding:
         if command.renewed:
             states[action.seed] = SeedState()
             layer.write_states(states)
-            layer.on_enter(action.seed, SeedState(), None)
+            layer.on_enter([action.seed], Stage.DORMANT, None)
     return Finding(capped(problems or _uncovered(seen)), asked)
 
 
@@ -224,7 +224,7 @@ def streams(draws: int) -> Finding:
             for shape, fan in (((3, 4), 3), ((4,), 3), ((4, 3), 4))
         ]
         for execution, layer in layers.items():
-            layer.initialise(seed, generators[execution], outgoing=True)
+            layer.initialise({seed: generators[execution]}, outgoing=True)
             for mine, theirs in zip(layer.pool(), wanted, strict=True):
                 if changed_bits(mine[seed], theirs.float()):
                     problems.append(f"seed {seed} under '{execution}' has other weights")

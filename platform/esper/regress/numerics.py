@@ -254,7 +254,7 @@ def outputs(sizes: tuple[int, ...], device: str = "cpu") -> Finding:
         with torch.no_grad():
             generator = torch.Generator().manual_seed(num_seeds)
             for seed in range(num_seeds):
-                new.initialise(seed, generator, outgoing=True)
+                new.initialise({seed: generator}, outgoing=True)
                 new.alpha[seed] = (seed % 2) * (1 + seed % 4) / 4
         old.copy_seeds(new)
         parallel = torch.nn.Sequential(old.default_transform, new)

@@ -32,7 +32,7 @@ from esper.release.judge import (
     judge,
     judge_gate,
 )
-from esper.release.phases import Alert, Assertion, Plan, Policy
+from esper.release.phases import Alert, Assertion, Plan, Policy, Quantity
 from esper.release.snapshot import Snapshot
 
 R = TypeVar("R", bound=BaseModel)
@@ -195,6 +195,38 @@ def parsed(model: type[R], path: Path) -> R:
         ) from None
 
 
+def read_measured(paths: Sequence[Path]) -> PhaseMeasurements:
+    """What several tools measured of one commit, such as a baseline and the regression suite.
+
+    Args:
+        paths: At least one file; the whole is as old as its oldest part.
+
+    Raises:
+        ReleaseError: If a file is damaged, the commits differ, or two files measure the same.
+    """
+    parts = [parsed(PhaseMeasurements, path) for path in paths]
+    commits = {part.commit for part in parts}
+    if len(parts) > 1 and (len(commits) > 1 or None in commits):
+        told = ", ".join(f"{path}: {p.commit}" for path, p in zip(paths, parts, strict=True))
+        raise ReleaseError(
+            f"measurements must be of one known commit, but got {told}; measure one commit."
+        )
+    joined: dict[str, Quantity] = {}
+    for path, part in zip(paths, parts, strict=True):
+        if twice := sorted(joined.keys() & part.quantities):
+            raise ReleaseError(
+                f"a quantity must be measured once, but {path} holds {', '.join(twice)} again; "
+                "leave one file out."
+            )
+        joined |= part.quantities
+    return PhaseMeasurements(
+        commit=parts[0].commit,
+        ended_at=min(part.ended_at for part in parts),
+        quantities=joined,
+        checks=tuple(check for part in parts for check in part.checks),
+    )
+
+
 def state_of(plan: RolloutPlan, entries: Sequence[Entry]) -> State:
     """Where a rollout stands after its entries."""
     step = intervals = 0
@@ -223,15 +255,15 @@ def flags_hash(stored: Stored) -> str:
     return Snapshot(load_flags(stored.flags_path), stored.plan.environment).hash
 
 
-def step(folder: Path, evidence_path: Path, *, actor: str, now: datetime) -> Entry:
+def step(folder: Path, evidence: Sequence[Path], *, actor: str, now: datetime) -> Entry:
     """Judge new evidence, store it, and move the flag accordingly.
 
     A rollback moves the flag before anything is stored; an advance is stored before it moves.
 
     Args:
         folder: Of the rollout.
-        evidence_path: JSON of `PhaseMeasurements` while it has not begun, else of
-            `IntervalMeasurements`.
+        evidence: JSON of `PhaseMeasurements` while it has not begun, in one file or several; else
+            one file of `IntervalMeasurements`.
         actor: Who asks.
         now: When it is judged.
 
@@ -245,7 +277,7 @@ def step(folder: Path, evidence_path: Path, *, actor: str, now: datetime) -> Ent
         if state.is_over:
             raise ReleaseError(f"{folder} must be a running rollout, but it is over.")
         _require_flag(stored, state, actor)
-        entry = _judged(stored, state, evidence_path, now)
+        entry = _judged(stored, state, evidence, now)
         path = folder / f"{entry.number:03d}.json"
         after = state_of(stored.plan, (*stored.entries, entry))
         if entry.verdict.decision == Decision.ROLLBACK:
@@ -258,14 +290,16 @@ def step(folder: Path, evidence_path: Path, *, actor: str, now: datetime) -> Ent
         return entry
 
 
-def _judged(stored: Stored, state: State, evidence_path: Path, now: datetime) -> Entry:
+def _judged(stored: Stored, state: State, paths: Sequence[Path], now: datetime) -> Entry:
     plan, gate, evidence = stored.plan, None, None
     if state.step == 0:
-        gate = GateEvidence(measured=parsed(PhaseMeasurements, evidence_path), judged_at=now)
+        gate = GateEvidence(measured=read_measured(paths), judged_at=now)
         verdict = judge_gate(gate, plan.conditions, plan.policy)
     else:
+        if len(paths) > 1:
+            raise ReleaseError(f"an interval must be one file, but got {len(paths)}.")
         evidence = Evidence(
-            measurements=parsed(IntervalMeasurements, evidence_path),
+            measurements=parsed(IntervalMeasurements, paths[0]),
             rollout=plan.name,
             step=state.step,
             interval=state.intervals + 1,

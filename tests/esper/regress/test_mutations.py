@@ -74,9 +74,9 @@ def a_culled_slot_keeps_its_blueprint(patch):
 def a_culled_seed_keeps_its_alpha(patch):
     real = KasminaLayer.on_enter
 
-    def on_enter(self, seed, state, loss):
-        if state.stage is not Stage.CULLED:
-            real(self, seed, state, loss)
+    def on_enter(self, seeds, stage, loss):
+        if stage is not Stage.CULLED:
+            real(self, seeds, stage, loss)
 
     patch.setattr(KasminaLayer, "on_enter", on_enter)
 
@@ -92,9 +92,10 @@ def an_old_stage_is_missing(patch):
 def one_number_too_many_is_drawn(patch):
     real = KasminaLayer.initialise
 
-    def initialise(self, seed, generator, **options):
-        real(self, seed, generator, **options)
-        torch.rand(1, generator=generator)
+    def initialise(self, generators, **options):
+        real(self, generators, **options)
+        for generator in generators.values():
+            torch.rand(1, generator=generator)
 
     patch.setattr(KasminaLayer, "initialise", initialise)
 

@@ -16,7 +16,16 @@ from esper.release.errors import ReleaseError
 from esper.release.flags import load_flags
 from esper.release.judge import Decision, IntervalMeasurements, PhaseMeasurements, Series
 from esper.release.phases import Quantity, load_migration
-from esper.release.rollout import create, flags_hash, new_plan, read, rejudge, state_of, step
+from esper.release.rollout import (
+    create,
+    flags_hash,
+    new_plan,
+    read,
+    read_measured,
+    rejudge,
+    state_of,
+    step,
+)
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -83,7 +92,7 @@ class World:
 
     def step(self, record):
         self.file.write_text(record.model_dump_json())
-        return step(self.folder, self.file, actor="ada", now=NOW).verdict.decision
+        return step(self.folder, [self.file], actor="ada", now=NOW).verdict.decision
 
     def disk(self):
         files = [self.flags, audit_path(self.flags), *self.folder.iterdir()]
@@ -214,15 +223,41 @@ def test_what_is_no_evidence_changes_nothing(running, content, message):
     if content is not None:
         running.file.write_text(content)
     with pytest.raises(ReleaseError, match=message):
-        step(running.folder, running.file, actor="ada", now=NOW)
+        step(running.folder, [running.file], actor="ada", now=NOW)
     assert running.disk() == before
+
+
+def test_what_several_tools_measured_is_joined(world, tmp_path):
+    whole = world.targets().model_copy(update={"commit": "c" * 40})
+    names = list(whole.quantities)
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+
+    def write(i, **changed):
+        own = {n: whole.quantities[n] for n in names[i::2]}
+        part = whole.model_copy(update={"quantities": own} | changed)
+        paths[i].write_text(part.model_dump_json())
+
+    before = whole.ended_at - timedelta(hours=1)
+    write(0, ended_at=before)
+    write(1)
+    joined = read_measured(paths)
+    assert joined.quantities == whole.quantities
+    assert joined.ended_at == before
+    write(1, quantities=whole.quantities)
+    with pytest.raises(ReleaseError, match=f"measured once, but .*b.json holds .*{names[0]}"):
+        read_measured(paths)
+    write(1, commit="d" * 40)
+    with pytest.raises(ReleaseError, match="must be of one known commit"):
+        step(world.folder, paths, actor="ada", now=NOW)
+    write(1)
+    assert step(world.folder, paths, actor="ada", now=NOW).verdict.decision == Decision.ADVANCE
 
 
 def test_evidence_without_a_time_zone_is_refused(running):
     record = json.loads(running.interval().model_dump_json()) | {"ended_at": "2026-11-23T12:00:00"}
     running.file.write_text(json.dumps(record))
     with pytest.raises(ReleaseError, match="timezone"):
-        step(running.folder, running.file, actor="ada", now=NOW)
+        step(running.folder, [running.file], actor="ada", now=NOW)
 
 
 def test_a_flag_that_somebody_moved_stops_the_rollout(running):
