@@ -85,7 +85,7 @@ class CheckRecord(Record):
     """One check of the regression suite."""
 
     name: str
-    layer: str = Field(description="'exact', 'numerics' or 'training'.")
+    layer: str = Field(description="'exact', 'numerics', 'rules' or 'training'.")
     problems: tuple[str, ...] = Field(description="What does not hold; empty: passed.")
     cases: int = Field(description="Comparisons made.")
     notes: tuple[str, ...]

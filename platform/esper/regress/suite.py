@@ -7,7 +7,7 @@ from pathlib import Path
 
 from esper.environment import commit, is_dirty, versions
 from esper.evidence.records import CheckRecord, write_json, write_text
-from esper.regress import exact, numerics, training
+from esper.regress import exact, numerics, rules, training
 from esper.regress.finding import Finding
 from esper.release.judge import PhaseMeasurements
 from esper.release.phases import Quantity
@@ -37,6 +37,8 @@ def checks(*, quick: bool, device: str) -> dict[str, tuple[str, Check]]:
         "shapes": ("numerics", lambda: numerics.shapes(examples, device)),
         "outputs": ("numerics", lambda: numerics.outputs(sizes, device)),
         "laws": ("numerics", lambda: numerics.laws(cases, device)),
+        "flags": ("rules", lambda: rules.flags(20_000 if quick else 1_000_000)),
+        "false_wins": ("rules", lambda: rules.false_wins(2_000 if quick else 10_000)),
         "equivalence": ("training", lambda: training.equivalence(pairs)),
     }  # fmt: skip
 

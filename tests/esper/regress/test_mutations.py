@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from esper.controller.heuristic import HeuristicController
-from esper.regress import exact, numerics, training
+from esper.evidence import planning
+from esper.regress import exact, numerics, rules, training
 from esper.regress.finding import Finding
 from esper.regress.suite import checks, run_checks
+from esper.release import snapshot
 from esper.release.judge import Decision, GateEvidence, judge_gate
 from esper.release.phases import load_migration
 from esper.seeds import kasmina, legacy, lifecycle, loop
@@ -33,6 +35,8 @@ SMALL = {
     "shapes": lambda: numerics.shapes(40),
     "outputs": lambda: numerics.outputs((7,)),
     "laws": lambda: numerics.laws(3),
+    "flags": lambda: rules.flags(500),
+    "false_wins": lambda: rules.false_wins(500),
     "equivalence": lambda: training.equivalence(5),
 }
 
@@ -216,6 +220,21 @@ def the_loop_is_not_its_own_twin(patch):
     of_loop(patch, lambda y, _: y * (1 + 1e-6 * math.sin(next(calls))))
 
 
+def a_bucket_is_not_kept(patch):
+    numbers = itertools.count()
+    patch.setattr(snapshot, "_bucket", lambda prefix, model: next(numbers) * 7_919 % 10_000)
+
+
+def a_full_share_leaves_some_out(patch):
+    real = snapshot._bucket
+    patch.setattr(snapshot, "_bucket", lambda prefix, model: real(prefix, model) + 200)
+
+
+def p_values_are_halved(patch):
+    real = planning.sign_flips
+    patch.setattr(planning, "sign_flips", lambda d: tuple(p / 2 for p in real(d)))
+
+
 FAULTS = [
     ("transitions", a_terminal_stage_is_left),
     ("transitions", a_legal_move_is_refused),
@@ -239,6 +258,9 @@ FAULTS = [
     ("outputs", an_old_seed_is_off_by_a_thousandth),
     ("laws", a_seed_hangs_on_its_place),
     ("laws", a_row_hangs_on_its_batch),
+    ("flags", a_bucket_is_not_kept),
+    ("flags", a_full_share_leaves_some_out),
+    ("false_wins", p_values_are_halved),
     ("equivalence", the_loop_trains_something_else),
     ("equivalence", the_loop_is_not_its_own_twin),
 ]
@@ -280,7 +302,8 @@ def test_a_check_that_compared_nothing_has_failed():
 def test_the_gates_read_the_report():
     """Each quantity has the name and unit that the phases ask for, and decides there."""
     plan = load_migration(ROOT / "configs/morphogenetic_migration.yaml")
-    names = ("transitions", "legacy_stages", "decisions", "dormant", "rollback", "outputs")
+    names = ("transitions", "legacy_stages", "decisions", "dormant", "rollback", "outputs",
+             "false_wins")  # fmt: skip
     measured = run(**{n: SMALL[n] for n in names})
     asked = {
         a.metric: a for p in plan.phases.phases for a in (*p.gates, *p.targets)
