@@ -13,6 +13,7 @@ SOURCES = ("kernels", "platform", "experiments", "serve_apps")
 LEAVES = ("esper.atomic", "esper.errors", "esper.registry", "esper.config", "esper.environment")
 LAYERS = (
     *("esper_kernels", "esper.seeds", "esper.surgery", "esper.training", "esper.controller"),
+    "esper.shards",
     # `esper` alone is the package root, which offers what stands before it
     *("esper.evidence", "esper.release", "esper.trial", "esper.tracking", "esper"),
     *("esper_experiments", "esper_serve", "esper.cli", "esper_experiments.entry"),

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,10 +45,7 @@ def run_once(
     if record.status == "collapsed":
         console.print(f"the run collapsed: {record.collapse_reason}")
     if save is not None:
-        from esper.surgery.files import save as save_model
-
-        trainer = trial.trainer
-        save_model(save, trainer.model, trainer.lattice, optimizer=trainer.optimizer)
+        trial.shard.save(save)
         console.print(f"saved: {save}")
     console.print(f"MLflow run {run_id} in {tracking_uri}")
     if json_file is not None:
@@ -95,15 +91,9 @@ def resumed_trial(folder: Path) -> "Trial":
 
 
 def _line(latest: dict[str, float], trial: "Trial", left_s: float) -> str:
-    from esper.seeds.state import Stage
-
-    stages = Counter(
-        s.stage.name
-        for a in trial.trainer.lattice.attached.values()
-        for s in a.layer.states()
-        if s.stage is not Stage.DORMANT
+    seeds = (
+        ", ".join(f"{n} {stage}" for stage, n in trial.health.stages.items()) or "all seeds dormant"
     )
-    seeds = ", ".join(f"{n} {stage}" for stage, n in stages.items()) or "all seeds dormant"
     return (
         f"step {latest['step']:.0f}  train {latest['train_loss']:.4g}  "
         f"held-out {latest['held_out_loss']:.4g}  {latest['parameters']:.0f} parameters  "
