@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ from esper.seeds.actions import Action, Rollback
 from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
 from esper.seeds.state import AWAKE_STAGES, Stage
+from esper.shards.errors import ShardLostError
 from esper.shards.shard import KasminaShard, Shards, ShardSpec, build_options, import_plugin
 from esper.surgery.checkpoint_folder import CheckpointError, read_manifest
 from esper.surgery.growth_log import unpack_action
@@ -86,7 +88,7 @@ class Trial:
         replayed: TrialRecord | None = None,
         shards: Shards = KasminaShard,
     ) -> None:
-        self.config, self.spec = config, spec
+        self.config, self.spec, self.shards = config, spec, shards
         self._followed, self._replayed = followed, replayed
         self._started = datetime.now(UTC)
         for module in config.plugins:
@@ -384,6 +386,57 @@ class Trial:
             "seeds_rolled_back": float(ends[Stage.ROLLED_BACK]),
             "vetoes": float(len(self.controller.vetoes)),
         }
+
+
+def run_through(
+    trial: Trial,
+    folder: Path | None = None,
+    *,
+    every: int = 10,
+    retries: int = 0,
+    on_interval: Callable[[Trial], None] = lambda trial: None,
+    on_lost: Callable[[ShardLostError], None] = lambda error: None,
+) -> tuple[Trial, TrialRecord]:
+    """Run a trial to its end; when a shard is lost, go on from the last checkpoint with a new one.
+
+    What was trained since then is trained again, bit for bit on the same kind of device; no
+    decision is lost.
+
+    Args:
+        trial: The trial, at its start or resumed.
+        folder: Where checkpoints go; None: there are none, and a lost shard ends the run.
+        every: Intervals from one checkpoint to the next; there is always one at the end.
+        retries: How often it may go on so. There is then a checkpoint before the first interval.
+        on_interval: Called after every interval; after a loss with what is run again, too.
+        on_lost: Called before the trial goes on from a checkpoint.
+
+    Returns:
+        The trial that ended, which is another object after a loss, and its record.
+
+    Raises:
+        ShardLostError: If shards are lost once more than `retries` allows.
+    """
+    lost: ShardLostError | None = None
+    if folder is not None and retries:
+        trial.save(folder)
+    while True:
+        try:
+            if lost is not None:
+                assert folder is not None
+                trial = Trial.resume(folder, trial.shards)
+                lost = None
+            if trial.done:
+                return trial, trial.record()
+            trial.run_for(0.0)
+            if folder is not None and (len(trial.curves["step"]) % every == 0 or trial.done):
+                trial.save(folder)
+        except ShardLostError as error:
+            if folder is None or not retries:
+                raise
+            lost, retries = error, retries - 1
+            on_lost(error)
+        else:
+            on_interval(trial)
 
 
 def kept_events(record: TrialRecord) -> tuple[GrowthEvent, ...]:

@@ -6,6 +6,7 @@ actions to `apply`. Whether the shard lives in the trial's process (`KasminaShar
 """
 
 import dataclasses
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
+from torch import Tensor
 
 from esper.config.base import ConfigError, explain
 from esper.config.run import Execution, Plugin, RunConfig
@@ -143,6 +145,7 @@ class KasminaShard:
 
     Args:
         spec: What it is made of.
+        make_trainer: Called as `Trainer` is.
 
     Attributes:
         trainer: What trains; whoever shares the process may look at it.
@@ -152,7 +155,7 @@ class KasminaShard:
         ValueError: If parts do not fit one another.
     """
 
-    def __init__(self, spec: ShardSpec) -> None:
+    def __init__(self, spec: ShardSpec, make_trainer: Callable[..., Trainer] = Trainer) -> None:
         config = spec.config
         for module in config.plugins:
             import_plugin(module)
@@ -166,13 +169,10 @@ class KasminaShard:
         lattice = _attach_all(model, config, spec.seed)
         for event in spec.planted:
             lattice.plant(event.site, event.seed, event.blueprint)
-        self.trainer = self._make_trainer(
+        self.trainer = make_trainer(
             data, model, lattice, config.train, seed=spec.seed, device=config.device
         )
         self.trainer.execute(config.execution)
-
-    # what a replica trains with differs
-    _make_trainer: Callable[..., Trainer] = Trainer
 
     def run_interval(
         self,
@@ -231,6 +231,17 @@ class KasminaShard:
             seeds={name: layer.num_seeds for name, layer in layers.items()},
             cost=dataclasses.replace(trainer.cost),
         )
+
+    def digest(self) -> dict[str, str]:
+        """What tells replicas apart that should be equal, cheaply: a short text for each tensor.
+
+        Buffers, such as stages and alphas, and random generators by their hash; parameters by the
+        sum of their bits, which is computed where they are.
+        """
+        trainer = self.trainer
+        found = {n: _hash(b) for n, b in trainer.model.named_buffers()}
+        found |= {n: str(_sum_of_bits(p)) for n, p in trainer.model.named_parameters()}
+        return found | {f"random {i}": _hash(t) for i, t in enumerate(trainer.random_state())}
 
     def log(self) -> list[Transition]:
         """Every transition so far."""
@@ -328,3 +339,14 @@ def import_plugin(module: str) -> None:
             f"plugins must be importable modules, but '{module}' is not: {error}; "
             "install it or set PYTHONPATH.",
         )) from error  # fmt: skip
+
+
+def _hash(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().view(kinds[tensor.element_size()])
+    return int(bits.sum(dtype=torch.int64))

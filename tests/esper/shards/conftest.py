@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import ray
 
 from esper.config.run import RunConfig
 from esper.evidence.records import Fingerprint
@@ -39,6 +40,14 @@ def untimed(record):
         del content["metrics"][timed]
     del content["curves"]["train_seconds"]
     return content
+
+
+@pytest.fixture(scope="package")
+def cluster():
+    """Ray on this machine, for the tests of this folder that ask for it."""
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture
