@@ -21,6 +21,7 @@ from esper.controller.base import CONTROLLERS, Controller, ControllerOptions, Gr
 from esper.controller.static import StaticController
 from esper.evidence.records import TrialRecord
 from esper.seeds.report import Report
+from esper.shards.shard import KasminaShard
 from esper.surgery.lattice import Lattice
 from esper.training.hosts import Mlp
 from esper.training.trainer import CollapseError, Trainer
@@ -97,7 +98,8 @@ class GromoTrial(Trial):
             layer = names.index(source)
             self._wanted.setdefault(event.interval, Counter())[layer] += 1
         model = growing_mlp(self.trainer.model, host).to(config.device)
-        self.trainer = self._trainer(model)
+        assert isinstance(self.shard, KasminaShard)
+        self.shard.trainer = self._trainer(model)
 
     def _train_losses(self, forward: Callable[[Tensor], Tensor]) -> Tensor:
         """Losses `[N]` of the whole training set."""

@@ -1,6 +1,7 @@
-"""One trial: a task, a host with its lattice, a controller, trained to the end and recorded.
+"""One trial: a shard that trains, a controller that decides, driven to the end and recorded.
 
-The only place where trainer and controller meet. It knows nothing of Ray.
+The only place where trainer and controller meet. It knows nothing of Ray, and little of where the
+shard lives.
 """
 
 import dataclasses
@@ -8,39 +9,33 @@ import math
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from pydantic import BaseModel, ValidationError
-
-from esper.config.base import ConfigError, explain, validate
-from esper.config.run import Plugin, RunConfig
+from esper.config.base import ConfigError, validate
+from esper.config.run import RunConfig
 from esper.controller import CONTROLLERS, Controller, GrowthEvent, Shield
 from esper.controller.base import ControllerOptions, GrowingOptions, memory_of
 from esper.controller.replay import Replay
 from esper.evidence.records import Fingerprint, FlagsRecord, TransitionRecord, TrialRecord
-from esper.registry import Registry, UnknownNameError
+from esper.registry import UnknownNameError
 from esper.release.choice import read_choice
 from esper.seeds.actions import Action, Rollback
 from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
 from esper.seeds.state import AWAKE_STAGES, Stage
-from esper.surgery.checkpoint_folder import CheckpointError, read_checkpoint, write_checkpoint
+from esper.shards.errors import ShardLostError
+from esper.shards.shard import KasminaShard, Shards, ShardSpec, build_options, import_plugin
+from esper.surgery.checkpoint_folder import CheckpointError, read_manifest
 from esper.surgery.growth_log import unpack_action
-from esper.surgery.lattice import Lattice, attach
-from esper.training import checkpoint
 from esper.training.alarm import LossHistory, alarm
-from esper.training.hosts import HOSTS
-from esper.training.metrics import METRICS, Trained, compute
-from esper.training.tasks import TASKS
+from esper.training.metrics import METRICS
 from esper.training.trainer import BACK, CollapseError, Trainer
 
-M = TypeVar("M", bound=BaseModel)
 # two arms with different salts never share a seed
 SALT_STRIDE = 1_000_003
 # after its graft, a seed's gradient is watched for so many steps
@@ -81,6 +76,7 @@ class Trial:
         spec: Which trial it is.
         followed: Record of the followed arm of the same pair, if the arm follows one.
         replayed: Record whose decisions are taken again, in place of the controller's own.
+        shards: Makes what trains; by default in this process.
 
     Raises:
         ConfigError: If a plug-in is unknown, its options are wrong, or parts do not fit.
@@ -92,49 +88,51 @@ class Trial:
         spec: TrialSpec,
         followed: TrialRecord | None = None,
         replayed: TrialRecord | None = None,
+        shards: Shards = KasminaShard,
     ) -> None:
-        self.config, self.spec = config, spec
+        self.config, self.spec, self.shards = config, spec, shards
         self._followed, self._replayed = followed, replayed
         self._started = datetime.now(UTC)
         for module in config.plugins:
-            _import_plugin(module)
+            import_plugin(module)
         _require_metrics(config.metrics)
         seed = spec.seed + SALT_STRIDE * config.seed_salt
         self._seed = seed
-        # every arm of a pair draws the same host and the same data
-        torch.manual_seed(seed)
-        task = build_options(TASKS, config.task, "task")
-        host = build_options(HOSTS, config.host, "host")
         brain = build_options(CONTROLLERS, config.controller, "controller")
-        _require_device(config.device)
-        data = task.load(seed)
         events = () if followed is None else kept_events(followed)
-        try:
-            model = host.build(data).to(config.device)
-            lattice = _attach_all(model, config, seed)
-            if config.start == "grown":
-                for event in events:
-                    lattice.plant(event.site, event.seed, event.blueprint)
-                events = ()
-            self.trainer = Trainer(
-                data, model, lattice, config.train, seed=seed, device=config.device
-            )
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(f"arm '{spec.arm}'", (str(error),)) from error
+        planted, events = (events, ()) if config.start == "grown" else ((), events)
         if replayed is None:
             self.controller = Shield(_build_controller(config, brain, seed, events))
         else:
             graft = brain.graft if isinstance(brain, GrowingOptions) else "linear"
             self.controller = Shield(Replay(commanded(replayed, graft)))
+        self._flags = self._read_flags()
+        try:
+            self.shard = shards(ShardSpec(config, seed, planted))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"arm '{spec.arm}'", (str(error),)) from error
         self.curves: dict[str, list[float]] = {}
         # what ruled each interval so far
         self._ruled: list[FlagsRecord] = []
-        self.trainer.execute(config.execution)
-        self._flags = self._read_flags()
         self._losses = LossHistory()
         self._collapse: CollapseError | None = None
+        self.health = self.shard.health()
+
+    @property
+    def trainer(self) -> Trainer:
+        """What trains, if that is in this process.
+
+        Raises:
+            TypeError: If it is not.
+        """
+        if not isinstance(self.shard, KasminaShard):
+            raise TypeError(
+                "the trial's shard must be in this process to show its trainer, but is a "
+                f"{type(self.shard).__name__}; ask `trial.shard` or `trial.health`."
+            )
+        return self.shard.trainer
 
     @property
     def intervals(self) -> int:
@@ -144,7 +142,7 @@ class Trial:
     @property
     def done(self) -> bool:
         """Whether the trial has ended, well or badly."""
-        return self._collapse is not None or self.trainer.step >= self.config.train.steps
+        return self._collapse is not None or self.health.step >= self.config.train.steps
 
     def run_for(self, seconds: float) -> dict[str, float]:
         """Run whole intervals until the time is up or the trial is done.
@@ -167,12 +165,11 @@ class Trial:
         return {name: values[-1] for name, values in self.curves.items()}
 
     def _read_flags(self) -> FlagsRecord | None:
-        """The flags for one interval, put into force; None if the run names none."""
+        """The flags for one interval, in force for the controller; None if the run names none."""
         if self.config.flags is None:
             return None
         config = self.config
         found = read_choice(self.config.flags, config.device, config.execution, os.environ)
-        self.trainer.execute(found.execution)
         self.controller.closed = None if found.grows else (
             f"the flag kasmina.lifecycle is off for '{self.config.flags.model}'"
         )  # fmt: skip
@@ -182,13 +179,14 @@ class Trial:
         self._flags = self._read_flags()
         report, collapse = None, None
         # nothing is measured for a controller that will not germinate
-        self.trainer.measures = self.controller.may_grow(self.trainer.lattice.interval + 1)
+        measures = self.controller.may_grow(self.health.interval + 1)
+        execution = None if self._flags is None else self._flags.execution
         try:
-            report = self.trainer.run_interval()
+            report = self.shard.run_interval(measures=measures, execution=execution)
         except CollapseError as error:
             collapse = error
         reason = self._incident(report, collapse)
-        suspects = [] if reason is None else self.trainer.suspects()
+        suspects = [] if reason is None else self.shard.suspects()
         if suspects and self.controller.incidents < self.config.growth.max_rollbacks:
             self.controller.incidents += 1
             self._fail([Rollback(*place, str(reason)) for place in suspects])
@@ -209,7 +207,7 @@ class Trial:
 
     def _grow(self, report: Report) -> None:
         """Let the controller act at the end of a good interval."""
-        if diverged := self.trainer.diverged():
+        if diverged := self.shard.diverged():
             self._fail([Rollback(*place, "its own weights are no numbers") for place in diverged])
             return
         note = {"controller": self.controller.memory(), "losses": dataclasses.asdict(self._losses)}
@@ -219,7 +217,7 @@ class Trial:
             # what else was decided would be undone in the same breath
             self._go_back(rollbacks)
         else:
-            self.trainer.apply(actions, note)
+            self.shard.apply(actions, note)
 
     def _fail(self, rollbacks: list[Rollback]) -> None:
         """Roll seeds back that the controller did not give up itself."""
@@ -227,25 +225,26 @@ class Trial:
         self.controller.count_failures(len(rollbacks))
 
     def _go_back(self, rollbacks: list[Rollback]) -> None:
-        note = self.trainer.roll_back(rollbacks)
+        note = self.shard.roll_back(rollbacks)
         if note is not None:
             self.controller.go_back(note["controller"])
             self._losses = _losses_of(note["losses"])
 
     def _observe(self, report: Report | None) -> None:
         """Add a point to every curve; the last one of a run that collapsed has no metrics."""
-        held_out = self.trainer.evaluate("held_out")
+        held_out = self.shard.evaluate("held_out")
+        self.health = health = self.shard.health()
         point = {
-            "step": self.trainer.step,
+            "step": health.step,
             "train_loss": None if report is None else report.loss,
             **(held_out if self._collapse is None else dict.fromkeys(held_out)),
-            "parameters": self.trainer.lattice.count_parameters(),
-            "active_seeds": self.trainer.lattice.count_awake(),
+            "parameters": health.parameters,
+            "active_seeds": health.active_seeds,
             "grad_norm": None if report is None else report.grad_norm,
             "host_drift_frac": None if report is None else report.host_drift_frac,
             "new_seed_grad_ratio": None if report is None else self._insertion_health(report),
             "vetoes": len(self.controller.vetoes),
-            "train_seconds": self.trainer.cost.seconds,
+            "train_seconds": health.cost.seconds,
         }
         for name, value in point.items():
             # a value that was not measured is recorded as such, so that all curves have one length
@@ -273,9 +272,8 @@ class Trial:
         Raises:
             CheckpointError: If the folder holds something else.
         """
-        tensors, content = checkpoint.pack(self.trainer)
         records = {"followed": self._followed, "replayed": self._replayed}
-        content["trial"] = {
+        content = {
             "config": self.config.model_dump(mode="json"),
             "spec": dataclasses.asdict(self.spec)
             | {"fingerprint": self.spec.fingerprint.model_dump(mode="json")},
@@ -287,13 +285,17 @@ class Trial:
             "flags": [ruled.model_dump(mode="json") for ruled in self._ruled],
             "collapse": None if self._collapse is None else self._collapse.args,
         }
-        write_checkpoint(Path(folder), tensors, content)
+        self.shard.checkpoint(folder, {"trial": content})
 
     @classmethod
-    def resume(cls, folder: str | Path) -> "Trial":
+    def resume(cls, folder: str | Path, shards: Shards = KasminaShard) -> "Trial":
         """The trial whose checkpoint the folder holds, rebuilt from the file alone.
 
         The modules named under `plugins` must be importable, as when it was saved.
+
+        Args:
+            folder: The checkpoint.
+            shards: Makes what trains, as for a new trial.
 
         Raises:
             CheckpointError: If the folder holds no trial, is damaged, or does not fit the host
@@ -301,7 +303,7 @@ class Trial:
             ConfigError: If that configuration is not valid any more.
         """
         folder = Path(folder)
-        manifest, tensors = read_checkpoint(folder)
+        manifest = read_manifest(folder)
         if "trial" not in manifest:
             raise CheckpointError(
                 f"{folder} must hold a trial to go on with, but holds a model alone; "
@@ -315,12 +317,15 @@ class Trial:
             k: None if saved[k] is None else TrialRecord.model_validate(saved[k])
             for k in ("followed", "replayed")
         }
-        trial = cls(validate(RunConfig, saved["config"], source=str(folder)), spec, **records)
+        config = validate(RunConfig, saved["config"], source=str(folder))
+        trial = cls(config, spec, **records, shards=shards)
         trial._ruled = [FlagsRecord.model_validate(ruled) for ruled in saved.get("flags", ())]
-        if trial._ruled:
-            # as when it was saved: the costs that are restored are those of this way to compute
-            trial.trainer.execute(trial._ruled[-1].execution)
-        checkpoint.unpack(folder, manifest, tensors, trial.trainer)
+        try:
+            trial.shard.restore(folder, trial._ruled[-1].execution if trial._ruled else None)
+            trial.health = trial.shard.health()
+        except BaseException:
+            trial.shard.close()
+            raise
         trial.controller.load_state_dict(saved["controller"])
         trial.curves, trial._losses = saved["curves"], _losses_of(saved["losses"])
         trial._started = datetime.fromisoformat(saved["started_at"])
@@ -337,9 +342,10 @@ class Trial:
         if not self.done:
             raise RuntimeError(
                 f"trial {self.spec.trial_id} must be done to be recorded, "
-                f"but is at step {self.trainer.step}; call run_for again."
+                f"but is at step {self.health.step}; call run_for again."
             )
-        spec, lattice = self.spec, self.trainer.lattice
+        spec = self.spec
+        log = self.shard.log()
         return TrialRecord(
             trial_id=spec.trial_id,
             arm=spec.arm,
@@ -352,62 +358,94 @@ class Trial:
             ended_at=datetime.now(UTC),
             status="finished" if self._collapse is None else "collapsed",
             collapse_reason=None if self._collapse is None else str(self._collapse),
-            metrics=self._final_metrics() | self._own_metrics(),
+            metrics=self._final_metrics(log) | self._own_metrics(),
             curves=self.curves,
             flags=None if self.config.flags is None else self._ruled,
-            transitions=[_record(t) for t in lattice.log],
-            sites={name: a.layer.num_seeds for name, a in lattice.attached.items()},
+            transitions=[_record(t) for t in log],
+            sites=dict(self.health.seeds),
         )
 
     def metric_names(self) -> set[str]:
         """Names of the final metrics, known before the trial has run."""
-        return {*self._final_metrics(), *self.config.metrics}
+        return {*self._final_metrics([]), *self.config.metrics}
 
     def _own_metrics(self) -> dict[str, float]:
         """Those that the configuration names; NaN in a trial that collapsed."""
-        names, trainer = self.config.metrics, self.trainer
         if self._collapse is not None:
-            return dict.fromkeys(names, math.nan)
-        trained = Trained(trainer.model, trainer.data, self.config.device)
-        return compute(names, trained, self._seed)
+            return dict.fromkeys(self.config.metrics, math.nan)
+        return self.shard.own_metrics(self.config.metrics, self._seed)
 
-    def _final_metrics(self) -> dict[str, float]:
-        trainer = self.trainer
-        metrics = {k: v for split in ("train", "held_out", "test")
-                   for k, v in trainer.evaluate(split).items()}  # fmt: skip
+    def _final_metrics(self, log: list[Transition]) -> dict[str, float]:
+        metrics = self.shard.evaluate("train", "held_out", "test")
         if self._collapse is not None:
             metrics = dict.fromkeys(metrics, math.nan)
-        ends = Counter(t.after.stage for t in trainer.lattice.log)
+        ends = Counter(t.after.stage for t in log)
+        health, cost = self.health, self.health.cost
         return metrics | {
-            "parameters": float(trainer.lattice.count_parameters()),
-            "host_parameters": float(sum(p.numel() for p in trainer.lattice.host_parameters())),
-            "steps": float(trainer.step),
+            "parameters": float(health.parameters),
+            "host_parameters": float(health.host_parameters),
+            "steps": float(health.step),
             # what growing took is part of what training took
-            "train_flops": trainer.cost.flops + trainer.cost.growth_flops,
-            "train_seconds": trainer.cost.seconds + trainer.cost.growth_seconds,
-            "growth_flops": trainer.cost.growth_flops,
-            "growth_seconds": trainer.cost.growth_seconds,
-            "seeds_kept": float(trainer.lattice.count_awake()),
+            "train_flops": cost.flops + cost.growth_flops,
+            "train_seconds": cost.seconds + cost.growth_seconds,
+            "growth_flops": cost.growth_flops,
+            "growth_seconds": cost.growth_seconds,
+            "seeds_kept": float(health.active_seeds),
             "seeds_culled": float(ends[Stage.CULLED]),
             "seeds_rolled_back": float(ends[Stage.ROLLED_BACK]),
             "vetoes": float(len(self.controller.vetoes)),
         }
 
 
-def build_options(registry: Registry[type[M]], plugin: Plugin, path: str) -> M:
-    """The options of a plug-in, checked.
+def run_through(
+    trial: Trial,
+    folder: Path | None = None,
+    *,
+    every: int = 10,
+    retries: int = 0,
+    on_interval: Callable[[Trial], None] = lambda trial: None,
+    on_lost: Callable[[ShardLostError], None] = lambda error: None,
+) -> tuple[Trial, TrialRecord]:
+    """Run a trial to its end; when a shard is lost, go on from the last checkpoint with a new one.
+
+    What was trained since then is trained again, bit for bit on the same kind of device; no
+    decision is lost.
+
+    Args:
+        trial: The trial, at its start or resumed.
+        folder: Where checkpoints go; None: there are none, and a lost shard ends the run.
+        every: Intervals from one checkpoint to the next; there is always one at the end.
+        retries: How often it may go on so. There is then a checkpoint before the first interval.
+        on_interval: Called after every interval; after a loss with what is run again, too.
+        on_lost: Called before the trial goes on from a checkpoint.
+
+    Returns:
+        The trial that ended, which is another object after a loss, and its record.
 
     Raises:
-        ConfigError: With the path of the wrong name or option.
+        ShardLostError: If shards are lost once more than `retries` allows.
     """
-    try:
-        kind = registry[plugin.name]
-    except UnknownNameError as error:
-        raise ConfigError(path, (f"{path}.name: {error}",)) from None
-    try:
-        return kind.model_validate(plugin.options)
-    except ValidationError as error:
-        raise ConfigError(path, explain(kind, error, at=f"{path}.options")) from None
+    lost: ShardLostError | None = None
+    if folder is not None and retries:
+        trial.save(folder)
+    while True:
+        try:
+            if lost is not None:
+                assert folder is not None
+                trial = Trial.resume(folder, trial.shards)
+                lost = None
+            if trial.done:
+                return trial, trial.record()
+            trial.run_for(0.0)
+            if folder is not None and (len(trial.curves["step"]) % every == 0 or trial.done):
+                trial.save(folder)
+        except ShardLostError as error:
+            if folder is None or not retries:
+                raise
+            lost, retries = error, retries - 1
+            on_lost(error)
+        else:
+            on_interval(trial)
 
 
 def kept_events(record: TrialRecord) -> tuple[GrowthEvent, ...]:
@@ -458,36 +496,6 @@ def _build_controller(
 
 def _losses_of(saved: dict[str, Any]) -> LossHistory:
     return LossHistory(saved["first"], tuple(saved["recent"]))
-
-
-def _attach_all(model: torch.nn.Module, config: RunConfig, seed: int) -> Lattice:
-    lattice = Lattice(model, seed)
-    lattice.growth = config.growth
-    for site in config.lattice:
-        options = site.model_dump()
-        pattern = options.pop("sites")
-        lattice = attach(model, pattern, **options, growth=config.growth, seed=seed)
-    return lattice
-
-
-def _require_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    # torch without CUDA asserts
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError("device", (
-            f"device must be usable on this machine, but '{device}' is not: {error}.",
-        )) from error  # fmt: skip
-
-
-def _import_plugin(module: str) -> None:
-    try:
-        import_module(module)
-    except ImportError as error:
-        raise ConfigError("plugins", (
-            f"plugins must be importable modules, but '{module}' is not: {error}; "
-            "install it or set PYTHONPATH.",
-        )) from error  # fmt: skip
 
 
 def _require_metrics(names: tuple[str, ...]) -> None:

@@ -159,22 +159,35 @@ def run(
     save: Annotated[
         Path | None, typer.Option(help="Folder for the trained model and its lattice.")
     ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ray actors that train, each with its part of a batch; none."),
+    ] = None,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Times the run goes on when an actor is lost.")
+    ] = 2,
     tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI.")] = "sqlite:///mlflow.db",
     json_file: JsonOption = None,
 ) -> None:
-    """Train one growing network in this process, from its configuration or a checkpoint."""
+    """Train one growing network, from its configuration or a checkpoint.
+
+    In this process; with --shards in actors, and then a lost one is replaced and the run goes on
+    from its last checkpoint.
+    """
     if (config is None) == (resume is None):
         raise typer.BadParameter("give either CONFIG or --resume FOLDER.")
     if resume is not None and (seed is not None or replay is not None):
         raise typer.BadParameter("--resume takes seed and decisions from the checkpoint alone.")
-    from esper.cli.run import new_trial, resumed_trial, run_once
+    from esper.cli.run import new_trial, resumed_trial, run_once, shards_of
 
-    if resume is not None:
-        trial = resumed_trial(resume)
-    else:
-        assert config is not None
-        trial = new_trial(config, seed or 0, replay)
-    run_once(trial, checkpoint or resume, every, save, tracking_uri, json_file)
+    with shards_of(shards) as made:
+        if resume is not None:
+            trial = resumed_trial(resume, made)
+        else:
+            assert config is not None
+            trial = new_trial(config, seed or 0, replay, made)
+        again = 0 if shards is None else retries
+        run_once(trial, checkpoint or resume, every, save, tracking_uri, json_file, again)
 
 
 @app.command()

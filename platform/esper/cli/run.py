@@ -1,9 +1,12 @@
-"""`esper run`: one trial in this process, with a line an interval."""
+"""`esper run`: one trial, in this process or in actors, with a line an interval."""
 
 import json
+import os
 import time
-from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,6 +16,7 @@ from esper.config.run import load_run
 from esper.environment import fingerprint
 
 if TYPE_CHECKING:
+    from esper.shards.shard import Shards
     from esper.trial import Trial
 
 
@@ -23,33 +27,38 @@ def run_once(
     save: Path | None,
     tracking_uri: str,
     json_file: Path | None,
+    retries: int = 0,
 ) -> None:
     """Train, log to MLflow, print the final metrics, and save the model if asked."""
     console = Console()
     from esper.tracking.mlflow_sink import log_single
     from esper.tracking.reach import require_reachable
+    from esper.trial import run_through
 
     require_reachable(tracking_uri)
     started, before = time.monotonic(), len(trial.curves.get("step", []))
-    while not trial.done:
-        latest = trial.run_for(0.0)
+
+    def show(trial: "Trial") -> None:
         intervals = len(trial.curves["step"])
-        if checkpoint is not None and (intervals % every == 0 or trial.done):
-            trial.save(checkpoint)
         spent = time.monotonic() - started
-        left = spent * (trial.intervals - intervals) / (intervals - before)
-        console.print(_line(latest, trial, left), highlight=False, soft_wrap=True)
-    record = trial.record()
+        left = spent * (trial.intervals - intervals) / max(1, intervals - before)
+        console.print(_line(trial, left), highlight=False, soft_wrap=True)
+
+    def lost(error: Exception) -> None:
+        console.print(f"{error}; going on from the last checkpoint", soft_wrap=True)
+
+    with TemporaryDirectory() as scratch:
+        folder = checkpoint or (Path(scratch) if retries else None)
+        trial, record = run_through(
+            trial, folder, every=every, retries=retries, on_interval=show, on_lost=lost
+        )
     run_id = log_single(tracking_uri, "esper-runs", record, trial.config.model_dump(mode="json"))
     for name, value in record.metrics.items():
         console.print(f"{name:>20}  {value:.6g}")
     if record.status == "collapsed":
         console.print(f"the run collapsed: {record.collapse_reason}")
     if save is not None:
-        from esper.surgery.files import save as save_model
-
-        trainer = trial.trainer
-        save_model(save, trainer.model, trainer.lattice, optimizer=trainer.optimizer)
+        trial.shard.save(save)
         console.print(f"saved: {save}")
     console.print(f"MLflow run {run_id} in {tracking_uri}")
     if json_file is not None:
@@ -57,7 +66,36 @@ def run_once(
         json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def new_trial(config_path: Path, seed: int, replay: Path | None) -> "Trial":
+@contextmanager
+def shards_of(count: int | None) -> Iterator["Shards"]:
+    """What makes the shards of a run: in this process, or in actors of Ray until the end.
+
+    Args:
+        count: Actors; None: in this process.
+    """
+    if count is None:
+        from esper.shards.shard import KasminaShard
+
+        yield KasminaShard
+        return
+    from esper.config.shards import ShardsConfig
+    from esper.config.sweep import Resources
+    from esper_experiments.sweep import TUNE_ENVIRONMENT
+
+    # before Ray is imported
+    os.environ.update({k: v for k, v in TUNE_ENVIRONMENT.items() if k not in os.environ})
+    from esper_experiments.on_ray import start_ray, stop_ray
+
+    start_ray(Resources())
+    try:
+        from esper.shards.group import groups
+
+        yield groups(ShardsConfig(count=count))
+    finally:
+        stop_ray()
+
+
+def new_trial(config_path: Path, seed: int, replay: Path | None, shards: "Shards") -> "Trial":
     """The trial that a configuration describes, at its start.
 
     Raises:
@@ -71,10 +109,11 @@ def new_trial(config_path: Path, seed: int, replay: Path | None) -> "Trial":
     spec = TrialSpec(
         config_path.stem, 0, seed, 0, "none", Fingerprint(**fingerprint(config.device))
     )
-    return Trial(config, spec, replayed=None if replay is None else read_trial(replay))
+    replayed = None if replay is None else read_trial(replay)
+    return Trial(config, spec, replayed=replayed, shards=shards)
 
 
-def resumed_trial(folder: Path) -> "Trial":
+def resumed_trial(folder: Path, shards: "Shards") -> "Trial":
     """The trial of a checkpoint, where it stopped.
 
     Raises:
@@ -83,7 +122,7 @@ def resumed_trial(folder: Path) -> "Trial":
     """
     from esper.trial import Trial
 
-    trial = Trial.resume(folder)
+    trial = Trial.resume(folder, shards)
     here = fingerprint(trial.config.device)["code_hash"]
     theirs = trial.spec.fingerprint.code_hash
     if here != theirs:
@@ -94,18 +133,11 @@ def resumed_trial(folder: Path) -> "Trial":
     return trial
 
 
-def _line(latest: dict[str, float], trial: "Trial", left_s: float) -> str:
-    from esper.seeds.state import Stage
-
-    stages = Counter(
-        s.stage.name
-        for a in trial.trainer.lattice.attached.values()
-        for s in a.layer.states()
-        if s.stage is not Stage.DORMANT
-    )
-    seeds = ", ".join(f"{n} {stage}" for stage, n in stages.items()) or "all seeds dormant"
+def _line(trial: "Trial", left_s: float) -> str:
+    latest = {name: values[-1] for name, values in trial.curves.items()}
+    stages = ", ".join(f"{n} {stage}" for stage, n in trial.health.stages.items())
     return (
         f"step {latest['step']:.0f}  train {latest['train_loss']:.4g}  "
         f"held-out {latest['held_out_loss']:.4g}  {latest['parameters']:.0f} parameters  "
-        f"{seeds}  about {left_s:.0f} s left"
+        f"{stages or 'all seeds dormant'}  about {left_s:.0f} s left"
     )

@@ -1,0 +1,1 @@
+"""Shards: what trains a trial's model, in the trial's own process or in Ray actors."""

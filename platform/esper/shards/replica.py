@@ -1,0 +1,120 @@
+"""Data-parallel training: every replica has the whole model and its part of each batch.
+
+Gradients are averaged before the optimizer steps, the loss and the telemetry before they are
+reported, so that all replicas take the same step and tell the same. What is evaluated or measured
+on a fixed set of samples is computed by each replica alone: the same everywhere.
+
+The mean of the replicas' gradients is that of the whole batch, but for seeds that learn alone: the
+isolated objective is a quotient of two sums over the batch, and what they get is the mean of the
+replicas' quotients. Hosts that draw random numbers in their forward pass draw the same ones on
+every replica, each for its own part.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from esper.seeds import telemetry
+from esper.seeds.report import Report
+from esper.shards.errors import ShardLostError
+from esper.training.tasks import Split
+from esper.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One of several.
+
+    Attributes:
+        rank: Which, from 0.
+        count: Of how many.
+        address: Where they meet: `tcp://host:port`, served by rank 0.
+        timeout_s: How long they wait for each other.
+    """
+
+    rank: int
+    count: int
+    address: str
+    timeout_s: float
+
+    def join(self, device: str) -> None:
+        """Meet the others; once a process. NCCL between GPUs, gloo between CPUs."""
+        dist.init_process_group(
+            "nccl" if torch.device(device).type == "cuda" else "gloo",
+            init_method=self.address,
+            rank=self.rank,
+            world_size=self.count,
+            timeout=timedelta(seconds=self.timeout_s),
+        )
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all replicas, the same bits on each, in place.
+
+        Raises:
+            ShardLostError: If another replica does not answer.
+        """
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise ShardLostError((self.rank,), f"lost touch with the others: {error}") from error
+        return tensor.div_(self.count)
+
+
+class ReplicaTrainer(Trainer):
+    """A trainer that sees one part of each batch and takes the step of the whole.
+
+    Args:
+        *args: As for `Trainer`.
+        replica: Which part.
+        **kwargs: As for `Trainer`.
+
+    Raises:
+        ValueError: If the batch cannot be cut into equal parts, or the host normalises over it.
+    """
+
+    def __init__(self, *args: Any, replica: Replica, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._replica = replica
+        if self._batch % replica.count:
+            raise ValueError(
+                f"batch_size must be a multiple of the {replica.count} shards, "
+                f"but got {self._batch}; change one of them."
+            )
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                raise ValueError(
+                    "host must not normalise over the batch to be trained by several shards, but "
+                    f"'{name}' is a {type(module).__name__}; use LayerNorm or GroupNorm, or one "
+                    "shard."
+                )
+        self.optimizer.register_step_pre_hook(self._average_gradients)
+
+    def _next_batch(self) -> Split:
+        x, y = super()._next_batch()
+        rows = len(x) // self._replica.count
+        part = slice(self._replica.rank * rows, (self._replica.rank + 1) * rows)
+        return x[part], y[part]
+
+    @torch.no_grad()
+    def _average_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        for dtype in dict.fromkeys(g.dtype for g in grads):
+            some = [g for g in grads if g.dtype == dtype]
+            # one message, since each costs a round trip
+            mean = self._replica.mean(torch.cat([g.reshape(-1) for g in some]))
+            for grad, part in zip(some, mean.split([g.numel() for g in some]), strict=True):
+                grad.copy_(part.view_as(grad))
+
+    @torch.no_grad()
+    def _report(self, loss: float) -> Report:
+        device = self._train[0].device
+        mean = self._replica.mean(torch.tensor(loss, dtype=torch.float64, device=device))
+        for attached in self.lattice.attached.values():
+            # all of it are sums and the counts to divide them by
+            self._replica.mean(telemetry.gathered(attached.layer.probe))
+        with torch.enable_grad():
+            return super()._report(float(mean))

@@ -1,0 +1,363 @@
+"""The shard: one device with the model, its lattice and its trainer. It knows nothing of Ray.
+
+It decides nothing: a trial, its driver, hands every report to the controller and the controller's
+actions to `apply`. Whether the shard lives in the trial's process (`KasminaShard`) or in actors
+(`esper.shards.group.ShardGroup`) makes no difference to the driver.
+"""
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from pydantic import BaseModel, ValidationError
+from torch import Tensor
+
+from esper.config.base import ConfigError, explain
+from esper.config.run import Execution, Plugin, RunConfig
+from esper.controller.base import GrowthEvent
+from esper.registry import Registry, UnknownNameError
+from esper.seeds.actions import Action, Rollback
+from esper.seeds.lifecycle import Transition
+from esper.seeds.report import Report
+from esper.seeds.state import Stage
+from esper.surgery import files
+from esper.surgery.checkpoint_folder import read_checkpoint, write_checkpoint
+from esper.surgery.lattice import Lattice, attach
+from esper.training import checkpoint
+from esper.training.hosts import HOSTS
+from esper.training.metrics import Trained, compute
+from esper.training.snapshot import Place
+from esper.training.tasks import TASKS
+from esper.training.trainer import Cost, Trainer
+
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What a shard is made of; travels to the process that builds it.
+
+    Attributes:
+        config: The run.
+        seed: Seed of the host's weights, the data and its order.
+        planted: Seeds that are in place from the start.
+    """
+
+    config: RunConfig
+    seed: int
+    planted: tuple[GrowthEvent, ...] = ()
+
+
+@dataclass(frozen=True)
+class Health:
+    """Where a shard stands between two intervals.
+
+    Attributes:
+        step: Optimizer steps done.
+        interval: Intervals done.
+        parameters: Parameters of the host and of all awake seeds.
+        host_parameters: Of the host alone.
+        active_seeds: Seeds that are awake.
+        stages: How many seeds are in each stage, by name; dormant ones are left out.
+        seeds: Seeds of each site.
+        cost: What training has cost so far.
+    """
+
+    step: int
+    interval: int
+    parameters: int
+    host_parameters: int
+    active_seeds: int
+    stages: Mapping[str, int]
+    seeds: Mapping[str, int]
+    cost: Cost = field(compare=False)
+
+
+class Shard(Protocol):
+    """What a trial's driver asks of its shard; `KasminaShard` says what each method does."""
+
+    def run_interval(
+        self,
+        steps: int | None = None,
+        *,
+        measures: bool = True,
+        execution: Execution | None = None,
+    ) -> Report:
+        """Train for some steps and report."""
+        ...
+
+    def apply(self, actions: Sequence[Action], note: Any = None) -> list[Transition]:
+        """Apply actions at the end of an interval."""
+        ...
+
+    def suspects(self) -> list[Place]:
+        """Seeds that a rollback may free the run of."""
+        ...
+
+    def diverged(self) -> list[Place]:
+        """Seeds whose own weights are no numbers."""
+        ...
+
+    def roll_back(self, rollbacks: Sequence[Rollback]) -> Any:
+        """Go back to before some seeds were grafted."""
+        ...
+
+    def evaluate(self, *splits: str) -> dict[str, float]:
+        """Metrics of some splits."""
+        ...
+
+    def own_metrics(self, names: Sequence[str], seed: int) -> dict[str, float]:
+        """Metrics of the user's own."""
+        ...
+
+    def health(self) -> Health:
+        """Where the shard stands."""
+        ...
+
+    def log(self) -> list[Transition]:
+        """Every transition so far."""
+        ...
+
+    def checkpoint(self, folder: str | Path, content: Mapping[str, Any]) -> None:
+        """Write everything that `restore` needs."""
+        ...
+
+    def restore(self, folder: str | Path, execution: Execution | None = None) -> None:
+        """Go on from a checkpoint."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model with its lattice."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is held."""
+        ...
+
+
+# makes the shard of a trial
+Shards = Callable[[ShardSpec], Shard]
+
+
+class KasminaShard:
+    """A shard in this process.
+
+    Args:
+        spec: What it is made of.
+        make_trainer: Called as `Trainer` is.
+
+    Attributes:
+        trainer: What trains; whoever shares the process may look at it.
+
+    Raises:
+        ConfigError: If a plug-in is unknown, its options are wrong, or the device is missing.
+        ValueError: If parts do not fit one another.
+    """
+
+    def __init__(self, spec: ShardSpec, make_trainer: Callable[..., Trainer] = Trainer) -> None:
+        config = spec.config
+        for module in config.plugins:
+            import_plugin(module)
+        require_device(config.device)
+        # every arm of a pair draws the same host and the same data
+        torch.manual_seed(spec.seed)
+        task = build_options(TASKS, config.task, "task")
+        host = build_options(HOSTS, config.host, "host")
+        data = task.load(spec.seed)
+        model = host.build(data).to(config.device)
+        lattice = _attach_all(model, config, spec.seed)
+        for event in spec.planted:
+            lattice.plant(event.site, event.seed, event.blueprint)
+        self.trainer = make_trainer(
+            data, model, lattice, config.train, seed=spec.seed, device=config.device
+        )
+        self.trainer.execute(config.execution)
+        self._device = config.device
+
+    def run_interval(
+        self,
+        steps: int | None = None,
+        *,
+        measures: bool = True,
+        execution: Execution | None = None,
+    ) -> Report:
+        """Train for some steps and report.
+
+        Args:
+            steps: Optimizer steps; None: the configured interval.
+            measures: Whether places for new seeds are measured, if the configuration says how.
+            execution: How the seeds are computed from now on; None: as before.
+
+        Raises:
+            CollapseError: If the loss is not finite.
+        """
+        if execution is not None:
+            self.trainer.execute(execution)
+        self.trainer.measures = measures
+        return self.trainer.run_interval(steps)
+
+    def apply(self, actions: Sequence[Action], note: Any = None) -> list[Transition]:
+        """Apply a controller's actions; see `Trainer.apply`."""
+        return self.trainer.apply(actions, note)
+
+    def suspects(self) -> list[Place]:
+        """Seeds that a rollback may free the run of; see `Trainer.suspects`."""
+        return self.trainer.suspects()
+
+    def diverged(self) -> list[Place]:
+        """Seeds whose own weights are no numbers; see `Trainer.diverged`."""
+        return self.trainer.diverged()
+
+    def roll_back(self, rollbacks: Sequence[Rollback]) -> Any:
+        """Go back to before some seeds were grafted; see `Trainer.roll_back`."""
+        return self.trainer.roll_back(rollbacks)
+
+    def evaluate(self, *splits: str) -> dict[str, float]:
+        """Metrics of some splits; see `Trainer.evaluate`."""
+        return {k: v for split in splits for k, v in self.trainer.evaluate(split).items()}
+
+    def own_metrics(self, names: Sequence[str], seed: int) -> dict[str, float]:
+        """Metrics of the user's own; see `esper.training.metrics.compute`."""
+        trained = Trained(self.trainer.model, self.trainer.data, self._device)
+        return compute(names, trained, seed)
+
+    def health(self) -> Health:
+        """Where the shard stands."""
+        trainer, lattice = self.trainer, self.trainer.lattice
+        layers = {name: a.layer for name, a in lattice.attached.items()}
+        stages = Counter(state.stage for layer in layers.values() for state in layer.states())
+        return Health(
+            step=trainer.step,
+            interval=lattice.interval,
+            parameters=lattice.count_parameters(),
+            host_parameters=sum(p.numel() for p in lattice.host_parameters()),
+            active_seeds=lattice.count_awake(),
+            stages={s.name: n for s, n in stages.items() if s is not Stage.DORMANT},
+            seeds={name: layer.num_seeds for name, layer in layers.items()},
+            cost=dataclasses.replace(trainer.cost),
+        )
+
+    def digest(self) -> dict[str, str]:
+        """What tells replicas apart that should be equal, cheaply: a short text for each tensor.
+
+        Buffers, such as stages and alphas, and random generators by their hash; parameters by the
+        sum of their bits, which is computed where they are.
+        """
+        trainer = self.trainer
+        found = {n: _hash(b) for n, b in trainer.model.named_buffers()}
+        found |= {n: str(_sum_of_bits(p)) for n, p in trainer.model.named_parameters()}
+        return found | {f"random {i}": _hash(t) for i, t in enumerate(trainer.random_state())}
+
+    def log(self) -> list[Transition]:
+        """Every transition so far."""
+        return list(self.trainer.lattice.log)
+
+    def checkpoint(self, folder: str | Path, content: Mapping[str, Any]) -> None:
+        """Write everything that `restore` needs; a former checkpoint is replaced.
+
+        Args:
+            folder: Where.
+            content: What else is to be kept with it, as JSON.
+
+        Raises:
+            CheckpointError: If the folder holds something else.
+        """
+        tensors, own = checkpoint.pack(self.trainer)
+        write_checkpoint(Path(folder), tensors, {**own, **content})
+
+    def restore(self, folder: str | Path, execution: Execution | None = None) -> None:
+        """Go on, bit for bit on the same device, from where a checkpoint was written.
+
+        Args:
+            folder: The checkpoint.
+            execution: How the seeds were computed then, if not as the configuration says: the
+                costs that are restored are those of this way.
+
+        Raises:
+            CheckpointError: If it is damaged, or of another model, optimizer or data.
+        """
+        if execution is not None:
+            self.trainer.execute(execution)
+        folder = Path(folder)
+        checkpoint.unpack(folder, *read_checkpoint(folder), self.trainer)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model with its lattice and optimizer, for `esper.load`."""
+        trainer = self.trainer
+        files.save(folder, trainer.model, trainer.lattice, optimizer=trainer.optimizer)
+
+    def close(self) -> None:
+        """Nothing is held that the process would not give back by itself."""
+
+
+def build_options(registry: Registry[type[M]], plugin: Plugin, path: str) -> M:
+    """The options of a plug-in, checked.
+
+    Raises:
+        ConfigError: With the path of the wrong name or option.
+    """
+    try:
+        kind = registry[plugin.name]
+    except UnknownNameError as error:
+        raise ConfigError(path, (f"{path}.name: {error}",)) from None
+    try:
+        return kind.model_validate(plugin.options)
+    except ValidationError as error:
+        raise ConfigError(path, explain(kind, error, at=f"{path}.options")) from None
+
+
+def _attach_all(model: torch.nn.Module, config: RunConfig, seed: int) -> Lattice:
+    lattice = Lattice(model, seed)
+    lattice.growth = config.growth
+    for site in config.lattice:
+        options = site.model_dump()
+        pattern = options.pop("sites")
+        lattice = attach(model, pattern, **options, growth=config.growth, seed=seed)
+    return lattice
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that this process has not.
+
+    Raises:
+        ConfigError: With what torch says.
+    """
+    try:
+        torch.empty(0, device=device)
+    # torch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError("device", (
+            f"device must be usable on this machine, but '{device}' is not: {error}.",
+        )) from error  # fmt: skip
+
+
+def import_plugin(module: str) -> None:
+    """Import a module that registers plug-ins.
+
+    Raises:
+        ConfigError: If it cannot be imported.
+    """
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise ConfigError("plugins", (
+            f"plugins must be importable modules, but '{module}' is not: {error}; "
+            "install it or set PYTHONPATH.",
+        )) from error  # fmt: skip
+
+
+def _hash(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().view(kinds[tensor.element_size()])
+    return int(bits.sum(dtype=torch.int64))

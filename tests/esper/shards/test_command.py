@@ -1,0 +1,45 @@
+"""`esper run --shards` trains in actors what `esper run` trains in its own process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+SCRIPT = "from esper_experiments.entry import main; main()"
+TIMED = ("train_seconds", "growth_seconds")
+
+
+def esper(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_in_an_actor_gives_the_record_of_one_in_this_process(tmp_path, make_config):
+    config = make_config().model_dump(mode="json", exclude_defaults=True)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    found = []
+    for name, more in {"here": [], "there": ["--shards", "1", "--save", "model"]}.items():
+        done = esper("run", "run.yaml", "--seed", 5, "--json", f"{name}.json", *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        found.append({key: record[key] for key in ("transitions", "sites", "status")})
+        for part in ("metrics", "curves"):
+            found[-1][part] = {k: v for k, v in record[part].items() if k not in TIMED}
+    assert found[0] == found[1]
+    assert len(found[0]["transitions"]) > 10
+    assert (tmp_path / "model" / "manifest.json").exists()
+    assert "saved: model" in done.stdout
+
+
+@pytest.mark.slow
+def test_more_shards_than_the_machine_has_cpus_are_refused(tmp_path, make_config):
+    config = make_config().model_dump(mode="json", exclude_defaults=True)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    done = esper("run", "run.yaml", "--shards", 5000, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "5000 shards ask for 1 each; ask for less" in done.stderr

@@ -1,0 +1,124 @@
+"""Several shards train one model: the same decisions, the same losses within rounding."""
+
+import math
+import os
+import signal
+from functools import partial
+
+import pytest
+import ray
+
+from esper.config.shards import ShardsConfig
+from esper.seeds.actions import Germinate
+from esper.shards.errors import ReplicasDifferError
+from esper.shards.group import ShardGroup, groups
+from esper.shards.replica import Replica, ReplicaTrainer
+from esper.shards.shard import KasminaShard, ShardSpec
+from esper.trial import Trial, run_through
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def steps(record):
+    return [(t.interval, t.site, t.seed, t.before, t.after) for t in record.transitions]
+
+
+def finished(trial):
+    trial.run_for(math.inf)
+    record = trial.record()
+    trial.shard.close()
+    return record
+
+
+# a seed that learns alone has an objective that is not a mean over the batch
+TOGETHER = {"training_intervals": 0}
+
+
+@pytest.fixture
+def growth(make_config):
+    return make_config().growth.model_dump()
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_shards_decide_as_one_does_and_lose_alike(make_config, spec, growth, count):
+    config = make_config(growth=growth | TOGETHER)
+    one = finished(Trial(config, spec))
+    assert len(steps(one)) > 20
+    many = finished(Trial(config, spec, shards=groups(ShardsConfig(count=count))))
+    assert steps(many) == steps(one)
+    for name in ("train_loss", "held_out_loss", "grad_norm"):
+        assert many.curves[name] == pytest.approx(one.curves[name], rel=1e-3), name
+    for name in ("train_loss", "test_loss"):
+        assert many.metrics[name] == pytest.approx(one.metrics[name], rel=1e-3), name
+    # counted over all of them
+    assert many.metrics["train_flops"] == pytest.approx(one.metrics["train_flops"], rel=0.05)
+
+
+def test_telemetry_is_that_of_the_whole_batch(make_config, growth):
+    config = make_config(growth=growth | TOGETHER)
+    alone, group = (
+        make(ShardSpec(config, 3))
+        for make in (KasminaShard, partial(ShardGroup, config=ShardsConfig(count=2)))
+    )
+    ours, theirs = (shard.run_interval() for shard in (alone, group))
+    group.close()
+    for a, b in zip(ours.sites, theirs.sites, strict=True):
+        for name in ("grad_energy", "variance", "dead_frac"):
+            assert getattr(b, name) == pytest.approx(getattr(a, name), rel=1e-4), name
+            assert not any(map(math.isnan, getattr(b, name)))
+    assert theirs.loss == pytest.approx(ours.loss, rel=1e-5)
+
+
+def test_seeds_that_learn_alone_go_their_own_way_but_not_far(make_config, spec):
+    one = finished(Trial(make_config(), spec))
+    two = finished(Trial(make_config(), spec, shards=groups(ShardsConfig(count=2))))
+    assert steps(two) == steps(one)
+    assert two.curves["train_loss"] == pytest.approx(one.curves["train_loss"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_trial_that_loses_one_of_its_shards_is_the_undisturbed_one(
+    make_config, spec, without_times, tmp_path
+):
+    shards = groups(ShardsConfig(count=2, timeout_s=60.0))
+    whole = finished(Trial(make_config(), spec, shards=shards))
+    lost = []
+
+    def disturb(trial):
+        if not lost and len(trial.curves["step"]) == 12:
+            os.kill(trial.shard.pids[1], signal.SIGKILL)
+
+    again, record = run_through(
+        Trial(make_config(), spec, shards=shards),
+        tmp_path, every=5, retries=1, on_interval=disturb, on_lost=lost.append,
+    )  # fmt: skip
+    again.shard.close()
+    assert without_times(record) == without_times(whole)
+    assert [error.ranks for error in lost] == [(1,)]
+
+
+def test_replicas_that_are_not_equal_are_named(make_config):
+    group = ShardGroup(ShardSpec(make_config(), 3), ShardsConfig(count=2))
+    group.run_interval()
+    group.health()
+    wake = Germinate("fc1", 1, "mlp_relu", "linear", "to one of them alone")
+    ray.get(group._actors[1].call.remote("apply", [wake]))
+    with pytest.raises(ReplicasDifferError, match="shard 1 differ from shard 0") as caught:
+        group.health()
+    assert caught.value.ranks == (1,)
+    assert "fc1.kasmina.state" in caught.value.tensors
+    group.close()
+
+
+NORM = {"name": "factory", "options": {
+    "path": "torch.nn:BatchNorm1d", "arguments": {"num_features": 2}}}  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "changes", "what"), [
+    (3, {}, "batch_size must be a multiple of the 3 shards, but got 40"),
+    (2, {"host": NORM, "lattice": []}, "is a BatchNorm1d; use LayerNorm"),
+])  # fmt: skip
+def test_what_cannot_be_cut_into_parts_is_refused(make_config, count, changes, what):
+    trainer = partial(ReplicaTrainer, replica=Replica(0, count, "tcp://127.0.0.1:1", 1.0))
+    with pytest.raises(ValueError, match=what):
+        KasminaShard(ShardSpec(make_config(**changes), 3), trainer)
