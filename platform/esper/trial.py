@@ -23,7 +23,6 @@ from esper.controller.base import ControllerOptions, GrowingOptions, memory_of
 from esper.controller.replay import Replay
 from esper.evidence.records import Fingerprint, FlagsRecord, TransitionRecord, TrialRecord
 from esper.registry import UnknownNameError
-from esper.release.choice import read_choice
 from esper.seeds.actions import Action, Rollback
 from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
@@ -168,6 +167,9 @@ class Trial:
         """The flags for one interval, in force for the controller; None if the run names none."""
         if self.config.flags is None:
             return None
+        # only a run that names flags needs what they are read with
+        from esper.release.choice import read_choice
+
         config = self.config
         found = read_choice(self.config.flags, config.device, config.execution, os.environ)
         self.controller.closed = None if found.grows else (

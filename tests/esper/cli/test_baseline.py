@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from esper.cli.baseline import MEASURED, grow, measurements
+from esper.cli.baseline import MEASURED, OF_REGRESS, grow, measurements
 from esper.cli.main import app
 from esper.config.baseline import load_baseline_config
 from esper.evidence import measure
@@ -117,11 +117,12 @@ def test_stored_quantities_feed_the_gate(stored):
         judged_at=datetime.now(UTC),
     )
     verdict = judge_gate(evidence, (*phase.gates, *phase.targets), plan.migration.policy)
-    # what a machine without a GPU, and a baseline, cannot say is missing, and nothing else
+    # what a machine without a GPU, and a baseline, cannot say is missing, and nothing else; the
+    # regression suite tells the rest
     missing = {reason.split()[0] for reason in verdict.reasons if "not measured" in reason}
-    assert missing == {"launches_per_site", "regression_failures"}
-    others = {k: Quantity(value=v, unit="count") for k, v in
-              (("launches_per_site", 1), ("regression_failures", 0))}  # fmt: skip
+    assert missing == {"launches_per_site", "regression_failures", *OF_REGRESS}
+    asked = {a.metric: a.unit for a in (*phase.gates, *phase.targets)}
+    others = {k: Quantity(value=float(k == "launches_per_site"), unit=asked[k]) for k in missing}
     full = evidence.measured.model_copy(
         update={"quantities": evidence.measured.quantities | others}
     )
