@@ -45,6 +45,7 @@ def make(make_sweep):
     return make
 
 
+@pytest.mark.slow
 def test_a_look_that_decides_ends_the_sweep_and_is_verified(make, tmp_path):
     sweep = make({})
     done = sweep.run()

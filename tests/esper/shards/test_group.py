@@ -85,7 +85,9 @@ def test_what_cannot_be_built_says_why(make_group):
         make_group(count=2, cpus_per_shard=30.0)
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "signal_", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
 def test_a_trial_that_loses_its_shard_is_the_undisturbed_one_bit_for_bit(
     make_config, spec, without_times, tmp_path, signal_
 ):

@@ -69,6 +69,7 @@ def test_telemetry_is_that_of_the_whole_batch(make_config, growth):
     assert theirs.loss == pytest.approx(ours.loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_seeds_that_learn_alone_go_their_own_way_but_not_far(make_config, spec):
     one = finished(Trial(make_config(), spec))
     two = finished(Trial(make_config(), spec, shards=groups(ShardsConfig(count=2))))
