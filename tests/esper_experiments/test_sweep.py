@@ -111,6 +111,7 @@ def test_a_killed_driver_loses_no_finished_trial_and_changes_no_verdict(undistur
     assert {r.info.status for r in runs} == {"FINISHED"}
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_a_hint_and_the_same_command_continues(make_sweep):
     sweep = make_sweep(pairs=3)
     process = sweep.start()
