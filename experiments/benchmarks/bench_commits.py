@@ -24,19 +24,17 @@ import numpy as np
 from commits import ROOT, Checkout, checkouts
 
 from esper.config.base import read_yaml
+from esper.evidence import baseline_stats
+from esper.evidence.baseline_stats import MAX_DRIFT_FRAC
 from esper.evidence.paired import holm, one_sided, shift
 from esper.evidence.records import write_text
 
 PIN = ROOT / ".ci" / "pinned-commit"
 ALPHA = 0.05
-MAX_DRIFT_FRAC = 0.03
 READY_TIMEOUT_S = 600
 EXIT_CODES = {"UNHEALTHY": 5, "WORSE": 20, "INCONCLUSIVE": 30, "NOT WORSE": 0}
-# margin of what is judged, as the end of a metric's name, and whether more of it is better
-MARGINS = {
-    "_p50_ms": 0.03, "_p95_ms": 0.05, "_throughput": 0.03, "_gpu_peak_bytes": 0.02,
-    "memory_peak_bytes": 0.02,
-}  # fmt: skip
+# ends of the names of what is judged; a P99 asks for more requests than this job has time for
+JUDGED = ("_p50_ms", "_p95_ms", "_throughput", "_gpu_peak_bytes", "memory_peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -162,12 +160,19 @@ def one(arm: Checkout, config: dict[str, Any], block: int, result: Path) -> dict
 
 
 def judged(blocks: list[Block], metrics: list[str] | None = None) -> list[Row]:
-    """Every metric that has a margin, or those that are named."""
-    names = [
-        name
-        for name in (metrics or sorted(blocks[0]["old"]))
-        if margin_of(name) and all(name in arm for block in blocks for arm in block.values())
-    ]
+    """Every metric of the old commit that has a margin, or those that are named.
+
+    Raises:
+        RuntimeError: If a process did not measure one of them.
+    """
+    known = sorted({name for block in blocks for name in block["old"]})
+    names = [name for name in (metrics or known) if margin_of(name)]
+    for name in names:
+        if any(name not in arm for block in blocks for arm in block.values()):
+            raise RuntimeError(
+                f"{name} must be measured by both commits in every block, but is missing in some; "
+                "see build/bench for what each process measured, and pin a commit that fits."
+            )
     worse, not_worse, changes = [], [], []
     for name in names:
         sign = -1.0 if name.endswith("_throughput") else 1.0
@@ -184,7 +189,7 @@ def judged(blocks: list[Block], metrics: list[str] | None = None) -> list[Row]:
 
 def margin_of(metric: str) -> float:
     """Tolerated worsening as a share; 0 for a metric that is not judged."""
-    return next((margin for end, margin in MARGINS.items() if metric.endswith(end)), 0.0)
+    return (baseline_stats.margin_of(metric) or 0.0) if metric.endswith(JUDGED) else 0.0
 
 
 def drift(blocks: list[Block]) -> str | None:

@@ -202,7 +202,7 @@ def machine(device: str = "cpu") -> MachineFacts:
 
     Raises:
         ValueError: If `device` is none of these.
-        RuntimeError: If the device is not there.
+        RuntimeError: If the device is not there, or its driver and clocks cannot be read.
     """
     import psutil
 
@@ -232,8 +232,11 @@ def machine(device: str = "cpu") -> MachineFacts:
             facts["max_gpu_memory_mhz"] = nvml.nvmlDeviceGetMaxClockInfo(
                 handle, nvml.NVML_CLOCK_MEM
             )
-        except Exception:  # NVML's errors have no common base that can be named without it
-            return facts
+        except Exception as error:  # NVML's errors have no common base named without it
+            raise RuntimeError(
+                "driver and clocks of the GPU must be readable through NVML, but: "
+                f"{type(error).__name__}: {error}; a timing without them compares with nothing."
+            ) from error
     return facts
 
 
