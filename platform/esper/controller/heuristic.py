@@ -7,6 +7,7 @@ next. The gates decide about every seed's further life.
 
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, PositiveInt
 
 from esper.controller.base import (
@@ -18,7 +19,7 @@ from esper.controller.base import (
     shepherd,
 )
 from esper.seeds.actions import Action, Germinate
-from esper.seeds.gates import MissingMeasurementError, measured, resources
+from esper.seeds.gates import MissingMeasurementError, measured, measured_all, resources
 from esper.seeds.report import Report, SiteReport
 from esper.seeds.state import PIPELINE_STAGES, Stage
 
@@ -82,10 +83,10 @@ class HeuristicController:
     def _gains(self, report: Report) -> bool:
         """Whether one more unit somewhere would explain enough of what the loss wants there."""
         shares = [
-            measured(site.bottleneck[seed], "bottleneck", site, seed) / site.unexplained
+            measured_all("bottleneck", site, seeds).max() / site.unexplained
             for site in report.sites
             if resources(report, site, self._options.blueprint).passed and site.unexplained
-            for seed in site.seeds_in(Stage.DORMANT)[: 1 if site.geometry == "span" else None]
+            if (seeds := site.seeds_in(Stage.DORMANT)[: 1 if site.geometry == "span" else None])
         ]
         return max(shares, default=0.0) >= self._options.min_predicted_frac
 
@@ -126,9 +127,9 @@ class HeuristicController:
         affordable = [s for s in fitting if resources(report, s, o.blueprint).passed]
         # all seeds of a span score the same, so the lowest come first and stay compact
         ranked = sorted(
-            (-self._score(site, seed), site.name, seed)
+            (-score, site.name, seed)
             for site in affordable
-            for seed in site.seeds_in(Stage.DORMANT)
+            for score, seed in self._promising(site, o.seeds_per_wave)
         )
         return [
             action
@@ -139,20 +140,30 @@ class HeuristicController:
             )
         ]
 
-    def _score(self, site: SiteReport, seed: int) -> float:
-        """What a seed's place promises; the bottleneck for each parameter of the seed."""
+    def _promising(self, site: SiteReport, count: int) -> list[tuple[float, int]]:
+        """The dormant seeds of a site whose places promise most, each after what it promises.
+
+        The score, or the bottleneck for each parameter of the seed; of equals the lowest.
+        """
         relative = self._options.score == "relative_bottleneck"
         name = "bottleneck" if relative else self._options.score
-        score = float(getattr(site, name)[seed])
-        if score != score:
+        seeds = np.array(site.seeds_in(Stage.DORMANT), dtype=np.int64)
+        scores = getattr(site, name)[seeds].astype(np.float64)
+        if len(missing := seeds[np.isnan(scores)]):
             raise MissingMeasurementError(
-                f"{name} must be measured for seed {seed} of '{site.name}', but is not; "
+                f"{name} must be measured for seed {missing[0]} of '{site.name}', but is not; "
                 + _HOW_TO_MEASURE[name]
             )
         if relative:
-            score *= measured(site.variance[seed], "variance", site, seed)
-        cost = site.seed_parameters[self._options.blueprint]
-        return score / cost if name == "bottleneck" else score
+            scores *= measured_all("variance", site, seeds)
+        if name == "bottleneck":
+            scores /= site.seed_parameters[self._options.blueprint]
+        if len(seeds) > count:
+            # a million scores need not be sorted for a wave
+            enough = scores >= np.partition(scores, -count)[-count]
+            seeds, scores = seeds[enough], scores[enough]
+        best = np.argsort(-scores, kind="stable")[:count]
+        return list(zip(scores[best].tolist(), seeds[best].tolist(), strict=True))
 
 
 _HOW_TO_MEASURE = {

@@ -3,8 +3,12 @@
 Pure functions of a report. The controller asks them, and the shield enforces them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
+
+import numpy as np
+from numpy.typing import NDArray
 
 from esper.seeds.report import Report, SiteReport
 from esper.seeds.state import RESTING_STAGES, Stage
@@ -121,6 +125,20 @@ def next_gate(report: Report, site: SiteReport, seed: int) -> Gate:
         MissingMeasurementError: If the gate's value was not measured.
     """
     return _BY_STAGE[Stage(int(site.stage[seed]))](report, site, seed)
+
+
+def measured_all(
+    name: str, site: SiteReport, seeds: Sequence[int] | NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """The values that some seeds have in one array of a report.
+
+    Raises:
+        MissingMeasurementError: If one of them was not measured.
+    """
+    values: NDArray[np.float64] = getattr(site, name)[seeds].astype(np.float64)
+    for at in np.flatnonzero(np.isnan(values))[:1]:
+        measured(values[at], name, site, int(seeds[at]))
+    return values
 
 
 def measured(value: float, name: str, site: SiteReport, seed: int) -> float:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -34,6 +35,7 @@ from esper.seeds.state import (
     STAGE,
     TRAINABLE_STAGES,
     SeedState,
+    SeedTable,
     Stage,
 )
 from esper_kernels import PHI, chunk_seeds, span_seeds
@@ -226,16 +228,15 @@ class KasminaLayer(nn.Module):
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.w_in, self.bias if self.biased else self.bias.detach(), self.w_out
 
-    def states(self) -> list[SeedState]:
-        """The state of every seed; one device read."""
-        rows = self.state.tolist()
-        return [SeedState(Stage(r[STAGE]), r[BLUEPRINT], r[EPOCHS], r[GRAFT]) for r in rows]
+    def states(self) -> SeedTable:
+        """The state of every seed, as a copy; one device read."""
+        return SeedTable(self.state.cpu().numpy().copy())
 
     @torch.no_grad()
-    def write_states(self, states: list[SeedState]) -> None:
+    def write_states(self, states: SeedTable | Sequence[SeedState]) -> None:
         """Replace the whole state tensor; alpha and weights follow from `on_enter`."""
-        rows = [[s.stage, s.blueprint_id, s.epochs, s.graft_id] for s in states]
-        self.state.copy_(torch.tensor(rows, dtype=torch.int32))
+        table = states if isinstance(states, SeedTable) else SeedTable.of(states)
+        self.state.copy_(torch.from_numpy(table.rows))
         self.refresh()
 
     @torch.no_grad()
@@ -315,25 +316,26 @@ class KasminaLayer(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Derive masks and flags from the state tensor; after every change of it."""
-        states = self.states()
-        blueprints = tuple(BLUEPRINTS[name] for name in BLUEPRINTS)
-        grafts = tuple(GRAFTS[name] for name in GRAFTS)
-        of = [blueprints[s.blueprint_id] for s in states]
+        table = self.states()
+        stages = set(table.stages())
+        blueprints = [BLUEPRINTS[name] for name in BLUEPRINTS]
+        cosine = [GRAFTS[name].curve == "cosine" for name in GRAFTS]
 
-        def put(name: str, values: list[Any]) -> None:
+        def put(name: str, column: int, values: Sequence[Any]) -> None:
+            """Fill a buffer with the value that belongs to each seed's entry in a column."""
             buffer: Tensor = getattr(self, name)
-            buffer.copy_(torch.tensor(values, dtype=buffer.dtype))
+            buffer.copy_(torch.from_numpy(np.array(values)[table.rows[:, column]]))
 
-        put("trainable", [s.stage in TRAINABLE_STAGES for s in states])
-        put("ramping", [s.stage is Stage.GRAFTING for s in states])
-        put("cosine", [grafts[s.graft_id].curve == "cosine" for s in states])
-        put("phi", [b.phi for b in of])
-        put("hidden_used", [b.hidden(self.hidden) for b in of])
-        put("learning", [_learning(s.stage) for s in states])
+        put("trainable", STAGE, [s in TRAINABLE_STAGES for s in Stage])
+        put("ramping", STAGE, [s is Stage.GRAFTING for s in Stage])
+        put("learning", STAGE, [_learning(s) for s in Stage])
+        put("phi", BLUEPRINT, [b.phi for b in blueprints])
+        put("hidden_used", BLUEPRINT, [b.hidden(self.hidden) for b in blueprints])
+        put("cosine", GRAFT, cosine)
+        codes = {blueprints[kind].phi for kind in np.unique(table.rows[:, BLUEPRINT])}
         chunk = self.fan_in, self.hidden
-        self._plain = needs_plain({b.phi for b in of}, *chunk if self.geometry == "chunk" else ())
+        self._plain = needs_plain(codes, *chunk if self.geometry == "chunk" else ())
         self.any_fresh = bool(self.fresh.any())
-        stages = {s.stage for s in states}
         self._any_training = Stage.TRAINING in stages
         self._any_ramping = Stage.GRAFTING in stages
         self._any_grafted = bool(stages & GRAFTED_STAGES)
@@ -341,12 +343,13 @@ class KasminaLayer(nn.Module):
 
     def set_paces(self, signals: GraftSignals, growth: GrowthConfig) -> None:
         """Decide how fast each grafting seed moves in the next interval."""
-        names = tuple(GRAFTS)
-        paces = [
-            GRAFTS[names[s.graft_id]].pace(signals, growth) if s.stage is Stage.GRAFTING else 1.0
-            for s in self.states()
-        ]
-        self.pace.copy_(torch.tensor(paces))
+        names, rows = tuple(GRAFTS), self.states().rows
+        ramping = rows[:, STAGE] == Stage.GRAFTING
+        paces = np.ones(self.num_seeds)
+        for kind in np.unique(rows[ramping, GRAFT]):
+            pace = GRAFTS[names[kind]].pace(signals, growth)
+            paces[ramping & (rows[:, GRAFT] == kind)] = pace
+        self.pace.copy_(torch.from_numpy(paces))
 
     @property
     def steps(self) -> int:

@@ -85,7 +85,8 @@ class SiteReport:
 
     def seeds_in(self, *stages: Stage) -> list[int]:
         """Indices of the seeds in any of the stages, ascending."""
-        return [int(s) for s in np.flatnonzero(np.isin(self.stage, stages))]
+        found: list[int] = np.flatnonzero(np.isin(self.stage, stages)).tolist()
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +133,8 @@ class Report:
     @property
     def active_seeds(self) -> int:
         """Seeds that are awake, over all sites."""
-        return sum(len(site.seeds_in(*AWAKE_STAGES)) for site in self.sites)
+        awake = list(AWAKE_STAGES)
+        return sum(int(np.count_nonzero(np.isin(site.stage, awake))) for site in self.sites)
 
     def after(self, action: Action) -> "Report":
         """This report as if the action had been applied: stages and parameters, no measurement.

@@ -1,7 +1,12 @@
 """The state of a seed: one int32 row `[stage, blueprint_id, epochs_in_stage, graft_strategy]`."""
 
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 # columns of the [S, 4] state tensor
 STAGE, BLUEPRINT, EPOCHS, GRAFT = range(4)
@@ -52,3 +57,65 @@ class SeedState:
     blueprint_id: int = 0
     epochs: int = 0
     graft_id: int = 0
+
+
+class SeedTable:
+    """The states of all seeds of a layer: a sequence of `SeedState`, kept as the numbers they are.
+
+    A site may have a million seeds, of which few are looked at one by one.
+
+    Args:
+        rows: The state tensor, int32 `[S, 4]`; not copied.
+
+    Attributes:
+        rows: The same.
+    """
+
+    def __init__(self, rows: NDArray[np.int32]) -> None:
+        self.rows = rows
+
+    @classmethod
+    def of(cls, states: Sequence[SeedState]) -> "SeedTable":
+        """A table of some states."""
+        rows = [[s.stage, s.blueprint_id, s.epochs, s.graft_id] for s in states]
+        return cls(np.array(rows, dtype=np.int32).reshape(-1, 4))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, seed: int) -> SeedState: ...
+
+    @overload
+    def __getitem__(self, seed: slice) -> list[SeedState]: ...
+
+    def __getitem__(self, seed: int | slice) -> SeedState | list[SeedState]:
+        if isinstance(seed, slice):
+            return [self[i] for i in range(len(self))[seed]]
+        stage, kind, epochs, graft = self.rows[seed].tolist()
+        return SeedState(Stage(stage), kind, epochs, graft)
+
+    def __setitem__(self, seed: int, state: SeedState) -> None:
+        self.rows[seed] = state.stage, state.blueprint_id, state.epochs, state.graft_id
+
+    def __iter__(self) -> Iterator[SeedState]:
+        return (self[seed] for seed in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SeedTable) and bool(np.array_equal(self.rows, other.rows))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def seeds_in(self, stages: Collection[Stage]) -> list[int]:
+        """Indices of the seeds in any of the stages, ascending."""
+        found: list[int] = np.flatnonzero(np.isin(self.rows[:, STAGE], list(stages))).tolist()
+        return found
+
+    def stages(self) -> dict[Stage, int]:
+        """How many seeds are in each stage in which there is one.
+
+        Raises:
+            ValueError: If a number is no stage.
+        """
+        stages, counts = np.unique(self.rows[:, STAGE], return_counts=True)
+        return {Stage(int(s)): int(n) for s, n in zip(stages, counts, strict=True)}

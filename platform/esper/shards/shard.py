@@ -231,7 +231,9 @@ class KasminaShard:
         """Where the shard stands."""
         trainer, lattice = self.trainer, self.trainer.lattice
         layers = {name: a.layer for name, a in lattice.attached.items()}
-        stages = Counter(state.stage for layer in layers.values() for state in layer.states())
+        stages: Counter[Stage] = Counter()
+        for layer in layers.values():
+            stages.update(layer.states().stages())
         return Health(
             step=trainer.step,
             interval=lattice.interval,

@@ -235,8 +235,9 @@ class Lattice:
             states[action.site][action.seed] = after
             transitions.append(Transition(self.interval, steps, action, before, after))
         grafts = [GRAFTS[name] for name in GRAFTS]
-        for state in (s for rows in states.values() for s in rows if s.stage is Stage.GRAFTING):
-            grafts[state.graft_id].pace(self._signals, self.growth)
+        for table in states.values():
+            for kind in {table[seed].graft_id for seed in table.seeds_in({Stage.GRAFTING})}:
+                grafts[kind].pace(self._signals, self.growth)
         return transitions
 
     def plant(self, site: str, seed: int, blueprint: str) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -238,13 +238,19 @@ class Trainer:
             self.past = [snapshot for snapshot in self.past if snapshot.step <= goal.step]
         marked = {(t.action.site, t.action.seed): t.after for t in marks}
         after = self._states() | marked
+        dormant = SeedState()
         undone = [
-            self._undoing(place, state, after[place], back)
-            for place, state in before.items()
-            if place not in marked and _differ(state, after[place])
+            self._undoing(place, was, now, back)
+            for place in self._in_order({*before, *after} - set(marked))
+            for was, now in [(before.get(place, dormant), after.get(place, dormant))]
+            if _differ(was, now)
         ]
         for site, attached in self.lattice.attached.items():
-            attached.layer.write_states([state for (s, _), state in after.items() if s == site])
+            table = attached.layer.states()
+            for (s, seed), state in marked.items():
+                if s == site:
+                    table[seed] = state
+            attached.layer.write_states(table)
         for (site, seed), state in marked.items():
             self.lattice.layer(site).on_enter([seed], state.stage, None)
         self.lattice.log += [*marks, *undone]
@@ -353,11 +359,18 @@ class Trainer:
         return loss
 
     def _states(self) -> dict[Place, SeedState]:
+        """The state of every seed that is not dormant."""
+        tables = {site: a.layer.states() for site, a in self.lattice.attached.items()}
         return {
-            (site, seed): state
-            for site, attached in self.lattice.attached.items()
-            for seed, state in enumerate(attached.layer.states())
+            (site, seed): table[seed]
+            for site, table in tables.items()
+            for seed in table.seeds_in(set(Stage) - {Stage.DORMANT})
         }
+
+    def _in_order(self, places: Collection[Place]) -> list[Place]:
+        """Some places as the lattice has its sites, and by seed."""
+        sites = list(self.lattice.attached)
+        return sorted(places, key=lambda place: (sites.index(place[0]), place[1]))
 
     def _undoing(self, place: Place, before: SeedState, after: SeedState, back: str) -> Transition:
         """The line of the log for a seed that went back with the run."""
@@ -400,7 +413,7 @@ def _grafted(states: Mapping[Place, SeedState]) -> frozenset[Place]:
 
 
 def _not_finite(layer: KasminaLayer, stage: Stage) -> list[int]:
-    seeds = [i for i, state in enumerate(layer.states()) if state.stage is stage]
+    seeds = layer.states().seeds_in({stage})
     return [i for i in seeds if not all(bool(w[i].isfinite().all()) for w in layer.pool())]
 
 

@@ -55,6 +55,25 @@ def test_a_wave_takes_the_best_scores_of_all_sites(make_report, make_site):
     assert actions[0].reason == "plateau; grad_energy 0.9"
 
 
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_a_wave_is_what_sorting_every_dormant_seed_would_give(make_report, make_site, count):
+    random = np.random.default_rng(count)
+    # few values, so that there are ties within and between the sites
+    scores = {name: random.integers(0, 5, 30) / 4 for name in "ab"}
+    stages = {name: random.choice([Stage.DORMANT, Stage.FOSSILIZED], 30) for name in "ab"}
+    sites = [make_site(n, grad_energy=scores[n], stage=stages[n]) for n in "ab"]
+    controller = tamiyo(seeds_per_wave=count)
+    for interval in (1, 2, 3):
+        actions = controller.decide(make_report(*sites, interval=interval))
+    ranked = sorted(
+        (-scores[name][seed], name, seed)
+        for name in "ab"
+        for seed in range(30)
+        if stages[name][seed] == Stage.DORMANT
+    )
+    assert germinated(actions) == [(name, seed) for _, name, seed in ranked[:count]]
+
+
 def test_the_bottleneck_counts_for_each_parameter(make_report, make_site):
     cheap = make_site("a", bottleneck=[0.5, 0.1, 0.1, 0.1])
     dear = make_site("b", bottleneck=[0.9, 0.1, 0.1, 0.1])

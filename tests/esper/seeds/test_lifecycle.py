@@ -17,6 +17,7 @@ from esper.seeds.state import (
     RESTING_STAGES,
     TRAINABLE_STAGES,
     SeedState,
+    SeedTable,
     Stage,
 )
 
@@ -133,3 +134,26 @@ def test_a_transition_names_the_blueprint_that_the_seed_had_or_got():
     resting = SeedState(Stage.CULLED, got.after.blueprint_id)
     had = Transition(1, 10, ACTIONS["Advance"], resting, advance(resting, ACTIONS["Advance"]))
     assert got.blueprint == had.blueprint == "mlp_silu"
+
+
+def test_a_table_of_states_is_a_sequence_of_them_and_keeps_them_as_numbers():
+    states = [SeedState(stage, i, 2 * i, i % 3) for i, stage in enumerate(Stage)]
+    table = SeedTable.of(states)
+    assert table.rows.shape == (11, 4)
+    assert table.rows.dtype == "int32"
+    assert list(table) == states
+    assert (table[3], table[-1], table[1:3]) == (states[3], states[-1], states[1:3])
+    table[4] = SeedState()
+    assert table.stages()[Stage.DORMANT] == 2
+    assert Stage.STABILIZATION not in table.stages()
+    assert table.seeds_in({Stage.DORMANT, Stage.CULLED}) == [0, 4, 8]
+    assert table != SeedTable.of(states)
+    table[4] = states[4]
+    assert table == SeedTable.of(states)
+
+
+def test_a_number_that_is_no_stage_is_an_error():
+    table = SeedTable.of([SeedState()])
+    table.rows[0, 0] = 11
+    with pytest.raises(ValueError, match="11 is not a valid Stage"):
+        table.stages()
