@@ -5,7 +5,8 @@ differ or a stored sweep is not what it was, 2 a wrong command line or configura
 this command needs is missing or cannot be reached, 4 trials are missing and the same command
 continues, 5 the verdict is UNHEALTHY, 130 interrupted. `esper rollout step` and `esper gate` tell
 their decision instead: 0 ADVANCE, 10 HOLD, 20 ROLLBACK, 30 INCONCLUSIVE. So does `esper baseline
-compare`: 0 nothing is worse, 10 suspected, 20 worse twice, 30 inconclusive.
+compare`: 0 nothing is worse, 10 suspected, 20 worse twice, 30 inconclusive. `esper submit`
+gives the exit code of its job.
 """
 
 from pathlib import Path
@@ -259,6 +260,89 @@ def doctor(
     from esper.cli.doctor import doctor_command
 
     doctor_command(tracking_uri, json_file)
+
+
+submission = typer.Typer(
+    cls=_ConfigFirst, no_args_is_help=True, subcommand_metavar="CONFIG | COMMAND [ARGS]...",
+    help="Jobs on a Ray cluster: [bold]esper submit CONFIG[/] runs a configuration there.",
+)  # fmt: skip
+app.add_typer(submission, name="submit")
+
+Address = Annotated[
+    str,
+    typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard."),
+]
+LOOPBACK = "http://127.0.0.1:8265"
+
+
+@submission.command("run")
+@explained
+def submit_config(
+    config: Annotated[Path, typer.Argument(help="A sweep, an arena, a run or a baseline.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- OPTIONS]", help="After --: options of the esper command, such as --seed 3."
+        ),
+    ] = None,
+    address: Address = LOOPBACK,
+    results: Annotated[
+        str, typer.Option(help="Folder on the cluster that all its nodes see.")
+    ] = "~/esper-results",
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option(help="MLflow's, as seen from the cluster; none: the configuration's."),
+    ] = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option("--with", help="A file or folder to upload, too; may be repeated."),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the log until the job ends.")
+    ] = True,
+) -> None:
+    """Upload a configuration with this code, run it on the cluster, and follow its log.
+
+    Its name may be left out. The exit code is the job's. Ctrl-C detaches, and the job goes on. The
+    same command continues what a job left unfinished.
+    """
+    from esper.cli.submit import submit
+
+    code = submit(config, address, results, tracking_uri, also or (), wait, arguments or ())
+    raise typer.Exit(code)
+
+
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="As `esper submit` named it.")]
+
+
+@submission.command("status")
+@explained
+def submitted_status(
+    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="None: list them.")] = None,
+    address: Address = LOOPBACK,
+) -> None:
+    """Print the cluster's jobs, or one; the exit code is that of a job which has ended."""
+    from esper.cli.submit import show_status
+
+    raise typer.Exit(show_status(address, job))
+
+
+@submission.command("logs")
+@explained
+def submitted_logs(job: JobName, address: Address = LOOPBACK) -> None:
+    """Follow a job's log from its beginning until it ends; the exit code is the job's."""
+    from esper.cli.submit import show_logs
+
+    raise typer.Exit(show_logs(address, job))
+
+
+@submission.command("stop")
+@explained
+def stop_submitted(job: JobName, address: Address = LOOPBACK) -> None:
+    """End a job; what it had finished stays, and the same submission continues."""
+    from esper.cli.submit import stop
+
+    raise typer.Exit(stop(address, job))
 
 
 flags = typer.Typer(no_args_is_help=True, help="Feature flags: who gets a new implementation.")
