@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ from esper.seeds.actions import Action, Rollback
 from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
 from esper.seeds.state import AWAKE_STAGES, Stage
-from esper.shards.errors import ShardLostError
+from esper.shards.errors import RepeatedFailureError, ReplicasDifferError, ShardLostError
 from esper.shards.shard import KasminaShard, Shards, ShardSpec, build_options, import_plugin
 from esper.surgery.checkpoint_folder import CheckpointError, read_manifest
 from esper.surgery.growth_log import unpack_action
@@ -117,6 +117,8 @@ class Trial:
         self._ruled: list[FlagsRecord] = []
         self._losses = LossHistory()
         self._collapse: CollapseError | None = None
+        # steps whose loss was no number before, too; None: whoever says so is believed at once
+        self.known_collapses: Set[int] | None = None
         self.health = self.shard.health()
 
     @property
@@ -186,6 +188,10 @@ class Trial:
         try:
             report = self.shard.run_interval(measures=measures, execution=execution)
         except CollapseError as error:
+            # of several shards one may be broken: seeds and run are not to blame before it recurs
+            known = self.known_collapses
+            if known is not None and self.health.shards > 1 and error.step not in known:
+                raise
             collapse = error
         reason = self._incident(report, collapse)
         suspects = [] if reason is None else self.shard.suspects()
@@ -246,6 +252,7 @@ class Trial:
             "host_drift_frac": None if report is None else report.host_drift_frac,
             "new_seed_grad_ratio": None if report is None else self._insertion_health(report),
             "vetoes": len(self.controller.vetoes),
+            "shards": health.shards,
             "train_seconds": health.cost.seconds,
         }
         for name, value in point.items():
@@ -405,46 +412,67 @@ def run_through(
     *,
     every: int = 10,
     retries: int = 0,
+    again: Shards | None = None,
     on_interval: Callable[[Trial], None] = lambda trial: None,
-    on_lost: Callable[[ShardLostError], None] = lambda error: None,
+    on_lost: Callable[[Exception], None] = lambda error: None,
 ) -> tuple[Trial, TrialRecord]:
-    """Run a trial to its end; when a shard is lost, go on from the last checkpoint with a new one.
+    """Run a trial to its end; when its shards fail, go on from the last checkpoint with new ones.
 
-    What was trained since then is trained again, bit for bit on the same kind of device; no
-    decision is lost.
+    What was trained since then is trained again, bit for bit on as many devices of the same kind;
+    no decision is lost. A failure is a lost shard, shards that are not equal any more, and, with
+    several shards, a loss that is no number: one of them may be broken. If that comes again at the
+    same step, it is the model's, and treated as in a trial of one shard.
 
     Args:
         trial: The trial, at its start or resumed.
-        folder: Where checkpoints go; None: there are none, and a lost shard ends the run.
+        folder: Where checkpoints go; None: there are none, and a failure ends the run.
         every: Intervals from one checkpoint to the next; there is always one at the end.
         retries: How often it may go on so. There is then a checkpoint before the first interval.
-        on_interval: Called after every interval; after a loss with what is run again, too.
-        on_lost: Called before the trial goes on from a checkpoint.
+        again: Makes the shards that replace those that failed; None: as the trial's own.
+        on_interval: Called after every interval; after a failure with what is run again, too.
+        on_lost: Called with the failure before the trial goes on from a checkpoint.
 
     Returns:
-        The trial that ended, which is another object after a loss, and its record.
+        The trial that ended, which is another object after a failure, and its record.
 
     Raises:
+        RepeatedFailureError: If the same failure comes twice in one interval.
         ShardLostError: If shards are lost once more than `retries` allows.
+        ReplicasDifferError: Likewise.
     """
-    lost: ShardLostError | None = None
-    if folder is not None and retries:
+    if folder is None:
+        retries = 0
+    elif retries:
         trial.save(folder)
+    again = again or trial.shards
+    failures: set[tuple[type[Exception], int]] = set()
+    collapses: set[int] = set()
+    failed = False
     while True:
+        trial.known_collapses = collapses if retries else None
         try:
-            if lost is not None:
+            if failed:
                 assert folder is not None
-                trial = Trial.resume(folder, trial.shards)
-                lost = None
+                trial, failed = Trial.resume(folder, again), False
+                continue
             if trial.done:
                 return trial, trial.record()
             trial.run_for(0.0)
             if folder is not None and (len(trial.curves["step"]) % every == 0 or trial.done):
                 trial.save(folder)
-        except ShardLostError as error:
-            if folder is None or not retries:
+        except (ShardLostError, ReplicasDifferError, CollapseError) as error:
+            trial.shard.close()
+            if not retries:
                 raise
-            lost, retries = error, retries - 1
+            if isinstance(error, CollapseError):
+                collapses.add(error.step)
+            elif not failed:
+                # shards that cannot be replaced yet are no failure of an interval
+                failure = type(error), len(trial.curves.get("step", ()))
+                if failure in failures:
+                    raise RepeatedFailureError(failure[1] + 1, str(error)) from error
+                failures.add(failure)
+            failed, retries = True, retries - 1
             on_lost(error)
         else:
             on_interval(trial)

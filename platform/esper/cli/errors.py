@@ -38,6 +38,8 @@ def _exit_code(error: Exception) -> int | None:
         return 2
     if "SweepIncompleteError" in names:
         return 4
+    if names & {"RepeatedFailureError", "ReplicasDifferError", "ShardLostError"}:
+        return 3
     if names & {"ConnectionError", "TrackingError", "FileNotFoundError", "PermissionError"}:
         return 3
     return None

@@ -66,6 +66,7 @@ class Health:
         active_seeds: Seeds that are awake.
         stages: How many seeds are in each stage, by name; dormant ones are left out.
         seeds: Seeds of each site.
+        shards: How many train the model.
         cost: What training has cost so far.
     """
 
@@ -76,6 +77,7 @@ class Health:
     active_seeds: int
     stages: Mapping[str, int]
     seeds: Mapping[str, int]
+    shards: int
     cost: Cost = field(compare=False)
 
 
@@ -240,6 +242,7 @@ class KasminaShard:
             active_seeds=lattice.count_awake(),
             stages={s.name: n for s, n in stages.items() if s is not Stage.DORMANT},
             seeds={name: layer.num_seeds for name, layer in layers.items()},
+            shards=1,
             cost=dataclasses.replace(trainer.cost),
         )
 

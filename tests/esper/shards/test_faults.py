@@ -1,0 +1,148 @@
+"""Faults of every kind, with real processes: what a trial loses, and what it says."""
+
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from esper.config.base import ConfigError, validate
+from esper.config.shards import ShardsConfig
+from esper.shards.errors import (
+    NoRoomError,
+    RepeatedFailureError,
+    ReplicasDifferError,
+    ShardLostError,
+    ShardMemoryError,
+)
+from esper.shards.group import groups, replacements
+from esper.trial import Trial, run_through
+
+
+def finished(trial):
+    trial.run_for(math.inf)
+    record = trial.record()
+    trial.shard.close()
+    return record
+
+
+def decisions(record):
+    return [(t.interval, t.site, t.seed, t.before, t.after, t.reason) for t in record.transitions]
+
+
+@pytest.fixture
+def disturbed(cluster, make_config, spec, tmp_path):
+    """Runs a trial of `count` shards that is disturbed; gives its record and what went wrong."""
+
+    def run(disturb, on_lost=lambda error: None, every=5, **options):
+        config = ShardsConfig(**{"timeout_s": 60.0, **options})
+        errors = []
+
+        def lost(error):
+            errors.append(error)
+            on_lost(error)
+
+        trial = Trial(make_config(), spec, shards=groups(config))
+        trial, record = run_through(
+            trial, tmp_path, every=every, retries=config.times, again=replacements(config),
+            on_interval=disturb, on_lost=lost,
+        )  # fmt: skip
+        trial.shard.close()
+        return record, errors
+
+    return run
+
+
+def at(interval, do, times=1):
+    """Does something to the trial at the end of an interval, the first times that it is there."""
+    done = []
+
+    def disturb(trial):
+        if len(trial.curves["step"]) == interval and len(done) < times:
+            done.append(trial.health.step)
+            do(trial)
+
+    return disturb
+
+
+def kill(rank, signal_=signal.SIGKILL):
+    return lambda trial: os.kill(trial.shard.pids[rank], signal_)
+
+
+def in_actor(rank, plant):
+    """Has a function of its own run in an actor's process, with the actor."""
+    return lambda trial: ray.get(trial.shard._actors[rank].__ray_call__.remote(plant))
+
+
+class Occupied:
+    """CPUs of the cluster that another takes as soon as they are free."""
+
+    def __init__(self):
+        self.places = []
+
+    def take(self, cpus, wait_s=20):
+        self.places.append(placement_group([{"CPU": 1.0}] * cpus))
+        if wait_s:
+            assert self.places[-1].wait(wait_s)
+
+    def give_back(self):
+        while self.places:
+            remove_placement_group(self.places.pop())
+
+
+@pytest.fixture
+def others():
+    occupied = Occupied()
+    yield occupied
+    occupied.give_back()
+
+
+def test_a_run_goes_on_with_fewer_shards_if_there_is_no_room_for_all(
+    disturbed, others, make_config, spec
+):
+    """It takes the decisions of the whole, computes within rounding, and tells what it did."""
+    record, (error,) = disturbed(
+        at(12, kill(1)), lambda _: others.take(3), count=2, on_loss="shrink", wait_s=1.0
+    )
+    assert error.ranks == (1,)
+    assert record.curves["shards"] == [2.0] * 10 + [1.0] * 10
+    alone = finished(Trial(make_config(), spec))
+    assert [d[:5] for d in decisions(record)] == [d[:5] for d in decisions(alone)]
+    # seeds that learn alone have an objective that is no mean over the batch
+    assert record.curves["train_loss"] == pytest.approx(alone.curves["train_loss"], rel=0.05)
+
+
+def test_a_run_that_may_not_shrink_waits_for_room_and_ends_when_there_is_none(disturbed, others):
+    with pytest.raises(NoRoomError, match=r"shards 0, 1 got no room on the cluster in 0.5 s"):
+        disturbed(at(2, kill(1)), lambda _: others.places or others.take(3), count=2, wait_s=0.5)
+
+
+@pytest.mark.slow
+def test_a_run_gets_all_its_shards_again_when_their_room_comes_back(
+    disturbed, others, make_config, spec, without_times
+):
+    def lost(error):
+        if isinstance(error, NoRoomError):
+            others.give_back()
+        else:
+            others.take(3)
+
+    record, errors = disturbed(at(7, kill(0)), lost, count=2, wait_s=1.0)
+    assert [type(error) for error in errors] == [ShardLostError, NoRoomError]
+    whole = finished(Trial(make_config(), spec, shards=groups(ShardsConfig(count=2))))
+    assert without_times(record) == without_times(whole)
+
+
+def test_a_run_that_is_to_fail_ends_with_the_first_loss(disturbed):
+    with pytest.raises(ShardLostError, match="shard 0 died: .* as `dmesg` says, lower train"):
+        disturbed(at(2, kill(0)), on_loss="fail", retries=5)
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ConfigError, match="on_loss must be 'retry', 'shrink' or 'fail'"):
+        validate(ShardsConfig, {"on_loss": "pray"}, source="esper run")
