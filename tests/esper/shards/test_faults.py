@@ -21,6 +21,8 @@ from esper.shards.errors import (
     ShardMemoryError,
 )
 from esper.shards.group import groups, replacements
+from esper.surgery.checkpoint_folder import read_manifest
+from esper.training.trainer import CollapseError
 from esper.trial import Trial, run_through
 
 
@@ -139,10 +141,84 @@ def test_a_run_gets_all_its_shards_again_when_their_room_comes_back(
 
 
 def test_a_run_that_is_to_fail_ends_with_the_first_loss(disturbed):
-    with pytest.raises(ShardLostError, match="shard 0 died: .* as `dmesg` says, lower train"):
+    with pytest.raises(ShardLostError, match=r"shard 0 died: .* as `dmesg` says, lower train"):
         disturbed(at(2, kill(0)), on_loss="fail", retries=5)
 
 
 def test_an_unknown_policy_is_refused():
     with pytest.raises(ConfigError, match="on_loss must be 'retry', 'shrink' or 'fail'"):
         validate(ShardsConfig, {"on_loss": "pray"}, source="esper run")
+
+
+def test_a_replica_whose_loss_is_no_number_costs_a_repetition_and_no_seed(
+    disturbed, make_config, spec, without_times
+):
+    """The broken one spoils the others through the mean of the gradients."""
+
+    def plant(actor):
+        trainer = actor._shard.trainer
+        taken = trainer._step
+
+        def broken(step):
+            if step == 133:
+                trainer.model.out.bias.data.fill_(math.nan)
+            return taken(step)
+
+        trainer._step = broken
+
+    record, (error,) = disturbed(at(12, in_actor(1, plant)), count=2)
+    assert isinstance(error, CollapseError)
+    assert error.step == 140
+    whole = finished(Trial(make_config(), spec, shards=groups(ShardsConfig(count=2))))
+    assert without_times(record) == without_times(whole)
+
+
+def test_a_loss_that_is_no_number_again_is_the_models_own(disturbed):
+    """As without shards: the run ends as collapsed, or goes back to before a seed."""
+
+    def plant(actor):
+        actor._shard.trainer.model.out.bias.data.fill_(math.nan)
+
+    record, errors = disturbed(
+        at(1, lambda trial: [in_actor(rank, plant)(trial) for rank in (0, 1)], times=2), count=2
+    )
+    assert [error.step for error in errors] == [20]
+    assert record.status == "collapsed"
+    assert "training loss nan at step 20" in record.collapse_reason
+
+
+def test_replicas_that_differ_go_back_to_the_last_checkpoint(
+    disturbed, make_config, spec, without_times
+):
+    def plant(actor):
+        actor._shard.trainer.model.out.bias.data[0] += 1e-6
+
+    record, (error,) = disturbed(at(12, in_actor(1, plant)), count=2)
+    assert isinstance(error, ReplicasDifferError)
+    assert error.ranks == (1,)
+    whole = finished(Trial(make_config(), spec, shards=groups(ShardsConfig(count=2))))
+    assert without_times(record) == without_times(whole)
+
+
+def test_a_replica_that_breaks_again_at_the_same_place_ends_the_run(disturbed, tmp_path):
+    def plant(actor):
+        actor._shard.trainer.model.out.bias.data[0] += 1e-6
+
+    with pytest.raises(RepeatedFailureError, match=r"interval 3 must succeed .* failed twice: all"):
+        disturbed(at(2, in_actor(1, plant), times=9), count=2, retries=9)
+    # nothing of what it computed was kept
+    assert read_manifest(tmp_path)["trial"]["curves"] == {}
+
+
+def test_a_shard_without_memory_says_what_to_do(disturbed):
+    """Torch's own error in an interval of one of two, which waits for the other."""
+
+    def plant(actor):
+        def full(step):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        actor._shard.trainer._step = full
+
+    what = r"shard 1 ran out of memory: CUDA out of memory.* lower train\.batch_size"
+    with pytest.raises(ShardMemoryError, match=what):
+        disturbed(at(2, in_actor(1, plant)), count=2, on_loss="fail")
