@@ -29,7 +29,11 @@ from esper.seeds.report import Report
 from esper.seeds.state import AWAKE_STAGES, Stage
 from esper.shards.errors import RepeatedFailureError, ReplicasDifferError, ShardLostError
 from esper.shards.shard import KasminaShard, Shards, ShardSpec, build_options, import_plugin
-from esper.surgery.checkpoint_folder import CheckpointError, read_manifest
+from esper.surgery.checkpoint_folder import (
+    CheckpointError,
+    CheckpointNotWrittenError,
+    read_manifest,
+)
 from esper.surgery.growth_log import unpack_action
 from esper.training.alarm import LossHistory, alarm
 from esper.training.metrics import METRICS
@@ -272,14 +276,20 @@ class Trial:
         ]
         return median(ratios) if ratios else None
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, wait: bool = True) -> None:
         """Write a checkpoint from which `resume` goes on; a former one is replaced.
 
         Bit for bit on the same device: loss curve, growth log, random numbers and order of the
         data. Nothing is pickled. `esper.load` reads the model and its lattice from it, too.
 
+        Args:
+            folder: Where.
+            wait: Until it is written; otherwise the trial may go on meanwhile, and what goes wrong
+                is raised by the next call or by `settle` of the shard.
+
         Raises:
             CheckpointError: If the folder holds something else.
+            CheckpointNotWrittenError: If the disk is full or fails; a former one is as it was.
         """
         records = {"followed": self._followed, "replayed": self._replayed}
         content = {
@@ -290,11 +300,11 @@ class Trial:
             "started_at": self._started.isoformat(),
             "controller": self.controller.state_dict(),
             "losses": dataclasses.asdict(self._losses),
-            "curves": self.curves,
+            "curves": {name: list(values) for name, values in self.curves.items()},
             "flags": [ruled.model_dump(mode="json") for ruled in self._ruled],
             "collapse": None if self._collapse is None else self._collapse.args,
         }
-        self.shard.checkpoint(folder, {"trial": content})
+        self.shard.checkpoint(folder, {"trial": content}, wait=wait)
 
     @classmethod
     def resume(cls, folder: str | Path, shards: Shards = KasminaShard) -> "Trial":
@@ -415,13 +425,17 @@ def run_through(
     again: Shards | None = None,
     on_interval: Callable[[Trial], None] = lambda trial: None,
     on_lost: Callable[[Exception], None] = lambda error: None,
+    on_unwritten: Callable[[CheckpointNotWrittenError], None] | None = None,
 ) -> tuple[Trial, TrialRecord]:
     """Run a trial to its end; when its shards fail, go on from the last checkpoint with new ones.
 
     What was trained since then is trained again, bit for bit on as many devices of the same kind;
-    no decision is lost. A failure is a lost shard, shards that are not equal any more, and, with
-    several shards, a loss that is no number: one of them may be broken. If that comes again at the
-    same step, it is the model's, and treated as in a trial of one shard.
+    no decision is lost. Checkpoints are written while the trial goes on: a failure in the middle of
+    one costs the steps since the one before.
+
+    A failure is a lost shard, shards that are not equal any more, and, with several shards, a loss
+    that is no number: one of them may be broken. If that comes again at the same step, it is the
+    model's, and treated as in a trial of one shard.
 
     Args:
         trial: The trial, at its start or resumed.
@@ -431,6 +445,8 @@ def run_through(
         again: Makes the shards that replace those that failed; None: as the trial's own.
         on_interval: Called after every interval; after a failure with what is run again, too.
         on_lost: Called with the failure before the trial goes on from a checkpoint.
+        on_unwritten: Called when a checkpoint could not be written, after which the trial goes on
+            with the former one; None: that ends the run. The first must be written.
 
     Returns:
         The trial that ended, which is another object after a failure, and its record.
@@ -439,7 +455,17 @@ def run_through(
         RepeatedFailureError: If the same failure comes twice in one interval.
         ShardLostError: If shards are lost once more than `retries` allows.
         ReplicasDifferError: Likewise.
+        CheckpointNotWrittenError: If the disk is full or fails; see `on_unwritten`.
     """
+
+    def settle() -> None:
+        try:
+            trial.shard.settle()
+        except CheckpointNotWrittenError as error:
+            if on_unwritten is None:
+                raise
+            on_unwritten(error)
+
     if folder is None:
         retries = 0
     elif retries:
@@ -456,10 +482,13 @@ def run_through(
                 trial, failed = Trial.resume(folder, again), False
                 continue
             if trial.done:
+                settle()
                 return trial, trial.record()
             trial.run_for(0.0)
             if folder is not None and (len(trial.curves["step"]) % every == 0 or trial.done):
-                trial.save(folder)
+                # so that one that failed does not take the place of this one
+                settle()
+                trial.save(folder, wait=False)
         except (ShardLostError, ReplicasDifferError, CollapseError) as error:
             trial.shard.close()
             if not retries:

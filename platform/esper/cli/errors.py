@@ -38,7 +38,12 @@ def _exit_code(error: Exception) -> int | None:
         return 2
     if "SweepIncompleteError" in names:
         return 4
-    if names & {"RepeatedFailureError", "ReplicasDifferError", "ShardLostError"}:
+    if names & {
+        "CheckpointNotWrittenError",
+        "RepeatedFailureError",
+        "ReplicasDifferError",
+        "ShardLostError",
+    }:
         return 3
     if names & {"ConnectionError", "TrackingError", "FileNotFoundError", "PermissionError"}:
         return 3

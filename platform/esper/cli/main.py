@@ -167,7 +167,8 @@ def run(
         str,
         typer.Option(
             metavar="[retry|shrink|fail]",
-            help="When an actor is lost: go on with new ones, with fewer if need be, or not.",
+            help="When an actor is lost: go on with new ones, with fewer if need be, or not "
+            "(nor when a checkpoint cannot be written).",
         ),
     ] = "retry",
     retries: Annotated[
@@ -201,7 +202,10 @@ def run(
             assert config is not None
             trial = new_trial(config, seed or 0, replay, made)
         times = 0 if sharding is None else sharding.times
-        run_once(trial, checkpoint or resume, every, save, tracking_uri, json_file, times, again)
+        run_once(
+            trial, checkpoint or resume, every, save, tracking_uri, json_file, times, again,
+            goes_on=on_loss != "fail",
+        )  # fmt: skip
 
 
 @app.command()

@@ -30,6 +30,7 @@ def run_once(
     json_file: Path | None,
     retries: int = 0,
     again: "Shards | None" = None,
+    goes_on: bool = True,
 ) -> None:
     """Train, log to MLflow, print the final metrics, and save the model if asked."""
     console = Console()
@@ -49,11 +50,15 @@ def run_once(
     def lost(error: Exception) -> None:
         console.print(f"{error}\ngoing on from the last checkpoint", soft_wrap=True)
 
+    def unwritten(error: Exception) -> None:
+        console.print(f"{error}\nthe run goes on", soft_wrap=True)
+
     with TemporaryDirectory() as scratch:
         folder = checkpoint or (Path(scratch) if retries else None)
         trial, record = run_through(
-            trial, folder, every=every, retries=retries, again=again, on_interval=show, on_lost=lost
-        )
+            trial, folder, every=every, retries=retries, again=again, on_interval=show,
+            on_lost=lost, on_unwritten=unwritten if goes_on else None,
+        )  # fmt: skip
     run_id = log_single(tracking_uri, "esper-runs", record, trial.config.model_dump(mode="json"))
     for name, value in record.metrics.items():
         console.print(f"{name:>20}  {value:.6g}")

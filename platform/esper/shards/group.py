@@ -208,9 +208,13 @@ class ShardGroup:
         log: list[Transition] = self._ask_first("log")
         return log
 
-    def checkpoint(self, folder: str | Path, content: Mapping[str, Any]) -> None:
+    def checkpoint(self, folder: str | Path, content: Mapping[str, Any], wait: bool = True) -> None:
         """Have the first shard write what all of them can be restored from."""
-        self._ask_first("checkpoint", _absolute(folder), content)
+        self._ask_first("checkpoint", _absolute(folder), content, wait=wait)
+
+    def settle(self) -> None:
+        """See `KasminaShard.settle`."""
+        self._ask_first("settle")
 
     def restore(self, folder: str | Path, execution: Execution | None = None) -> None:
         """Restore all shards; the folder must be reachable from their nodes."""

@@ -1,9 +1,13 @@
 """Faults of every kind, with real processes: what a trial loses, and what it says."""
 
+import contextlib
+import json
 import math
 import os
+import resource
 import signal
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +25,7 @@ from esper.shards.errors import (
     ShardMemoryError,
 )
 from esper.shards.group import groups, replacements
-from esper.surgery.checkpoint_folder import read_manifest
+from esper.surgery.checkpoint_folder import CheckpointNotWrittenError, read_manifest
 from esper.training.trainer import CollapseError
 from esper.trial import Trial, run_through
 
@@ -41,7 +45,7 @@ def decisions(record):
 def disturbed(cluster, make_config, spec, tmp_path):
     """Runs a trial of `count` shards that is disturbed; gives its record and what went wrong."""
 
-    def run(disturb, on_lost=lambda error: None, every=5, **options):
+    def run(disturb, on_lost=lambda error: None, folder=tmp_path, **options):
         config = ShardsConfig(**{"timeout_s": 60.0, **options})
         errors = []
 
@@ -51,7 +55,7 @@ def disturbed(cluster, make_config, spec, tmp_path):
 
         trial = Trial(make_config(), spec, shards=groups(config))
         trial, record = run_through(
-            trial, tmp_path, every=every, retries=config.times, again=replacements(config),
+            trial, folder, every=5, retries=config.times, again=replacements(config),
             on_interval=disturb, on_lost=lost,
         )  # fmt: skip
         trial.shard.close()
@@ -119,6 +123,7 @@ def test_a_run_goes_on_with_fewer_shards_if_there_is_no_room_for_all(
     assert record.curves["train_loss"] == pytest.approx(alone.curves["train_loss"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_run_that_may_not_shrink_waits_for_room_and_ends_when_there_is_none(disturbed, others):
     with pytest.raises(NoRoomError, match=r"shards 0, 1 got no room on the cluster in 0.5 s"):
         disturbed(at(2, kill(1)), lambda _: others.places or others.take(3), count=2, wait_s=0.5)
@@ -173,6 +178,7 @@ def test_a_replica_whose_loss_is_no_number_costs_a_repetition_and_no_seed(
     assert without_times(record) == without_times(whole)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_again_is_the_models_own(disturbed):
     """As without shards: the run ends as collapsed, or goes back to before a seed."""
 
@@ -187,6 +193,7 @@ def test_a_loss_that_is_no_number_again_is_the_models_own(disturbed):
     assert "training loss nan at step 20" in record.collapse_reason
 
 
+@pytest.mark.slow
 def test_replicas_that_differ_go_back_to_the_last_checkpoint(
     disturbed, make_config, spec, without_times
 ):
@@ -200,6 +207,7 @@ def test_replicas_that_differ_go_back_to_the_last_checkpoint(
     assert without_times(record) == without_times(whole)
 
 
+@pytest.mark.slow
 def test_a_replica_that_breaks_again_at_the_same_place_ends_the_run(disturbed, tmp_path):
     def plant(actor):
         actor._shard.trainer.model.out.bias.data[0] += 1e-6
@@ -210,6 +218,7 @@ def test_a_replica_that_breaks_again_at_the_same_place_ends_the_run(disturbed, t
     assert read_manifest(tmp_path)["trial"]["curves"] == {}
 
 
+@pytest.mark.slow
 def test_a_shard_without_memory_says_what_to_do(disturbed):
     """Torch's own error in an interval of one of two, which waits for the other."""
 
@@ -222,3 +231,111 @@ def test_a_shard_without_memory_says_what_to_do(disturbed):
     what = r"shard 1 ran out of memory: CUDA out of memory.* lower train\.batch_size"
     with pytest.raises(ShardMemoryError, match=what):
         disturbed(at(2, in_actor(1, plant)), count=2, on_loss="fail")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own that can be filled."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], check=False,
+                      capture_output=True).returncode:  # fmt: skip
+        pytest.skip("needs the right to mount a file system")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def fill(disk):
+    with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    assert not os.statvfs(disk).f_bavail
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on(
+    make_config, spec, without_times, small_disk
+):
+    here, state, errors = finished(Trial(make_config(), spec)), small_disk / "state", []
+
+    def unwritten(error):
+        errors.append(error)
+        assert len(Trial.resume(state).curves["step"]) == 5
+        assert len(list(state.iterdir())) == 2
+        (small_disk / "filler").unlink()
+
+    _, record = run_through(
+        Trial(make_config(), spec), state, every=5,
+        on_interval=at(7, lambda _: fill(small_disk)), on_unwritten=unwritten,
+    )  # fmt: skip
+    (error,) = errors
+    assert isinstance(error, CheckpointNotWrittenError)
+    assert f"written to {state}, but: No space left on device; a former one there is" in str(error)
+    assert without_times(record) == without_times(here)
+    assert Trial.resume(state).done
+
+
+def test_a_disk_that_is_full_ends_the_run_if_that_is_the_policy(make_config, spec, small_disk):
+    with pytest.raises(CheckpointNotWrittenError, match="No space left on device"):
+        run_through(
+            Trial(make_config(), spec), small_disk / "state", every=5,
+            on_interval=at(7, lambda _: fill(small_disk)),
+        )  # fmt: skip
+    assert len(Trial.resume(small_disk / "state").curves["step"]) == 5
+
+
+def test_a_file_size_limit_is_told_as_a_full_disk_is(make_config, spec, tmp_path):
+    """Another reason for which half a file is written; needs no rights."""
+    trial = Trial(make_config(), spec)
+    trial.save(tmp_path / "state")
+    trial.run_for(0.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        with pytest.raises(CheckpointNotWrittenError, match="File too large"):
+            trial.save(tmp_path / "state")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Trial.resume(tmp_path / "state").curves == {}
+    assert len(list((tmp_path / "state").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_a_shard_that_is_lost_while_the_disk_is_full_costs_no_more_than_steps(
+    disturbed, make_config, spec, without_times, small_disk
+):
+    def disturb(trial):
+        for do in disturbances:
+            do(trial)
+
+    disturbances = at(7, lambda _: fill(small_disk)), at(12, kill(0))
+    record, (error,) = disturbed(
+        disturb, lambda _: (small_disk / "filler").unlink(), folder=small_disk / "state"
+    )
+    assert error.ranks == (0,)
+    assert without_times(record) == without_times(finished(Trial(make_config(), spec)))
+
+
+def killed_driver(make_config, folder, kills):
+    config = make_config().model_dump(mode="json", exclude_defaults=True)
+    # a short life of few seeds, so that many drivers can be tried
+    config["train"]["steps"] = 200 if kills else 80
+    asked = json.dumps({"config": config, "folder": str(folder), "kills": kills})
+    script = Path(__file__).with_name("killed_driver.py")
+    done = subprocess.run(
+        [sys.executable, script, asked], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_driver_killed_before_any_step_of_a_checkpoint_goes_on_bit_for_bit(make_config, tmp_path):
+    """Losses, decisions, weights and random generators; also of the same checkpoint folder."""
+    places = killed_driver(make_config, tmp_path / "state", None)
+    for expected in ("open tensors-", "os.rename tensors-", "os.rename manifest.", "os.remove"):
+        assert any(place.startswith(expected) for place in places), places
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_driver_killed_at_random_moments_goes_on_bit_for_bit(make_config, tmp_path, kills):
+    assert killed_driver(make_config, tmp_path / "state", kills) >= kills / 2
