@@ -258,7 +258,7 @@ class ShardGroup:
                 answers[at] = ray.get(done[0])
             except RayTaskError as error:
                 errors[at] = error
-                if isinstance(error.cause, torch.OutOfMemoryError | MemoryError):
+                if _is_memory(error.cause):
                     memory[at] = _first_line(error.cause) or type(error.cause).__name__
             except OutOfMemoryError as error:
                 memory[at] = _first_line(error)
@@ -323,6 +323,12 @@ def _fewer(spec: ShardSpec, count: int) -> int:
     # how many samples make the whole set is not known here; one shard takes them all
     batch = spec.config.train.batch_size or 1
     return next((n for n in range(count - 1, 0, -1) if batch % n == 0), 0)
+
+
+def _is_memory(error: BaseException) -> bool:
+    # torch has a class of its own for GPUs alone
+    said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _first_line(error: BaseException) -> str:

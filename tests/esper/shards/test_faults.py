@@ -8,11 +8,14 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import torch
+import yaml
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from esper.config.base import ConfigError, validate
@@ -83,6 +86,21 @@ def kill(rank, signal_=signal.SIGKILL):
 def in_actor(rank, plant):
     """Has a function of its own run in an actor's process, with the actor."""
     return lambda trial: ray.get(trial.shard._actors[rank].__ray_call__.remote(plant))
+
+
+def require_ended(pids, wait_s=20.0):
+    """Processes that are only not yet collected have ended."""
+    deadline = time.monotonic() + wait_s
+    while left := [pid for pid in pids if alive(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 class Occupied:
@@ -339,3 +357,93 @@ def test_a_driver_killed_before_any_step_of_a_checkpoint_goes_on_bit_for_bit(mak
 @pytest.mark.parametrize("kills", [6, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_driver_killed_at_random_moments_goes_on_bit_for_bit(make_config, tmp_path, kills):
     assert killed_driver(make_config, tmp_path / "state", kills) >= kills / 2
+
+
+@pytest.mark.slow
+def test_a_hung_shard_of_two_is_given_up_though_the_other_waits_for_it(
+    disturbed, make_config, spec, without_times
+):
+    """The watchdog's time passes in the middle of a collective; no process stays behind."""
+    pids = []
+
+    def hang(trial):
+        pids.extend(trial.shard.pids)
+        kill(1, signal.SIGSTOP)(trial)
+
+    started = time.monotonic()
+    record, (error,) = disturbed(at(12, hang), count=2, timeout_s=4.0)
+    assert isinstance(error, ShardLostError)
+    assert 1 in error.ranks
+    assert time.monotonic() - started < 60
+    require_ended(pids)
+    whole = finished(Trial(make_config(), spec, shards=groups(ShardsConfig(count=2))))
+    assert without_times(record) == without_times(whole)
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_once_costs_a_repetition(disturbed, make_config, spec, without_times):
+    """Really: the process may not have what it asks for."""
+
+    def plant(actor):
+        trainer = actor._shard.trainer
+        taken = trainer._step
+
+        def greedy(step):
+            if step == 133:
+                torch.empty(1 << 50)
+            return taken(step)
+
+        trainer._step = greedy
+
+    def plant_python(actor):
+        def greedy(step):
+            return bytes(1 << 60)
+
+        actor._shard.trainer._step = greedy
+
+    record, (error,) = disturbed(at(12, in_actor(0, plant)))
+    assert isinstance(error, ShardMemoryError)
+    assert "can't allocate memory" in str(error)
+    assert without_times(record) == without_times(finished(Trial(make_config(), spec)))
+    with pytest.raises(ShardMemoryError, match=r"shard 0 ran out of memory: MemoryError; lower"):
+        disturbed(at(2, in_actor(0, plant_python)), on_loss="fail")
+
+
+ESPER = "from esper_experiments.entry import main; main()"
+
+
+@pytest.mark.slow
+def test_nothing_outlives_a_killed_driver_and_its_run_is_resumed(tmp_path, make_config):
+    """`esper run --shards 1` is killed while actors train: Ray and the actors end with it."""
+    config = make_config().model_dump(mode="json", exclude_defaults=True)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+
+    def esper(*arguments):
+        return subprocess.Popen(
+            [sys.executable, "-c", ESPER, "run", *arguments], cwd=tmp_path, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    driver = esper("run.yaml", "--shards", "1", "--checkpoint", "state", "--every", "3")
+    lines = iter(driver.stdout.readline, "")
+    assert any(line.startswith("step 90 ") for line in lines)
+    children = psutil.Process(driver.pid).children(recursive=True)
+    actors = [p.pid for p in children if "ShardActor" in " ".join(p.cmdline())]
+    assert len(actors) == 1
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    require_ended(actors)
+    records = []
+    for name, start in {
+        "again": ["--resume", "state", "--shards", "1"],
+        "whole": ["run.yaml"],
+    }.items():
+        done = esper(*start, "--json", f"{name}.json")
+        output, _ = done.communicate(timeout=120)
+        assert done.returncode == 0, output
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        curves = {k: v for k, v in record["curves"].items() if k != "train_seconds"}
+        records.append((record["transitions"], curves, record["metrics"]["test_loss"]))
+    assert records[0] == records[1]
+    # Ray's own agents look after their node once a minute
+    require_ended([p.pid for p in children], wait_s=90.0)
