@@ -219,7 +219,9 @@ class Trial:
 
     def _grow(self, report: Report) -> None:
         """Let the controller act at the end of a good interval."""
-        if diverged := self.shard.diverged():
+        # stages change between intervals alone, so that these are those of the interval
+        training = self.health.stages.get(Stage.TRAINING.name)
+        if training and (diverged := self.shard.diverged()):
             self._fail([Rollback(*place, "its own weights are no numbers") for place in diverged])
             return
         note = {"controller": self.controller.memory(), "losses": dataclasses.asdict(self._losses)}
