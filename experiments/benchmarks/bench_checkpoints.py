@@ -26,6 +26,8 @@ from esper.evidence.records import write_text
 from esper.shards.shard import KasminaShard, ShardSpec
 from esper.surgery.checkpoint_folder import MANIFEST
 
+# intervals from one checkpoint of `esper run` to the next
+EVERY = 10
 KINDS = ("none", "behind", "waited")
 
 
@@ -50,21 +52,28 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
                 shard.settle()
         content = sum(f.stat().st_size for f in folder.iterdir())
         assert (folder / MANIFEST).exists()
-    without = statistics.median(seconds["none"])
-    default = TrainConfig.model_fields["interval_steps"].default
-    longer = default / args.steps
-    cost = {k: statistics.median(seconds[k]) - without for k in ("behind", "waited")}
+    # blocks of one round are neighbours in time, on a machine that is not always as fast
+    cost = {
+        kind: spread([a - b for a, b in zip(seconds[kind], seconds["none"], strict=True)])
+        for kind in ("behind", "waited")
+    }
+    step_s = statistics.median(seconds["none"]) / (args.every * args.steps)
+    between = EVERY * TrainConfig.model_fields["interval_steps"].default
     return {
         "case": {
             "parameters": shard.health().parameters, "checkpoint_bytes": content,
-            "steps_between": args.every * args.steps, "blocks": args.blocks,
+            "steps_of_a_block": args.every * args.steps, "blocks": args.blocks,
             "threads": torch.get_num_threads(),
         },
         "block_s": {k: spread(v) for k, v in seconds.items()},
         "held_up_s": {k: spread(v) for k, v in held.items()},
         "cost_s": cost,
-        "cost_frac": {k: v / without for k, v in cost.items()},
-        "cost_frac_at_default_interval": {k: v / (without * longer) for k, v in cost.items()},
+        "step_s": step_s,
+        "steps_between_checkpoints_by_default": between,
+        "cost_frac_by_default": {
+            kind: {q: s / (step_s * between) for q, s in values.items()}
+            for kind, values in cost.items()
+        },
         "machine": machine(),
         "code_hash": code_hash(),
     }  # fmt: skip
@@ -91,8 +100,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hidden", type=int, default=1024, help="Width of the host's two layers.")
     parser.add_argument("--steps", type=int, default=10, help="Steps of an interval.")
-    parser.add_argument("--every", type=int, default=10, help="Intervals between checkpoints.")
-    parser.add_argument("--blocks", type=int, default=9, help="Blocks of each kind.")
+    parser.add_argument("--every", type=int, default=1, help="Intervals of a block.")
+    parser.add_argument("--blocks", type=int, default=60, help="Blocks of each kind.")
     parser.add_argument("--folder", help="Where checkpoints are written; a temporary folder.")
     parser.add_argument("--out", type=Path, required=True, help="JSON.")
     given = parser.parse_args()
