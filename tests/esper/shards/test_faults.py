@@ -173,6 +173,7 @@ def test_an_unknown_policy_is_refused():
         validate(ShardsConfig, {"on_loss": "pray"}, source="esper run")
 
 
+@pytest.mark.slow
 def test_a_replica_whose_loss_is_no_number_costs_a_repetition_and_no_seed(
     disturbed, make_config, spec, without_times
 ):
@@ -196,7 +197,6 @@ def test_a_replica_whose_loss_is_no_number_costs_a_repetition_and_no_seed(
     assert without_times(record) == without_times(whole)
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_no_number_again_is_the_models_own(disturbed):
     """As without shards: the run ends as collapsed, or goes back to before a seed."""
 
@@ -354,7 +354,7 @@ def test_a_driver_killed_before_any_step_of_a_checkpoint_goes_on_bit_for_bit(mak
         assert any(place.startswith(expected) for place in places), places
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_driver_killed_at_random_moments_goes_on_bit_for_bit(make_config, tmp_path, kills):
     assert killed_driver(make_config, tmp_path / "state", kills) >= kills / 2
 
