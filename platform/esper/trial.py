@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,9 +27,13 @@ from esper.seeds.actions import Action, Rollback
 from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
 from esper.seeds.state import AWAKE_STAGES, Stage
-from esper.shards.errors import ShardLostError
+from esper.shards.errors import RepeatedFailureError, ReplicasDifferError, ShardLostError
 from esper.shards.shard import KasminaShard, Shards, ShardSpec, build_options, import_plugin
-from esper.surgery.checkpoint_folder import CheckpointError, read_manifest
+from esper.surgery.checkpoint_folder import (
+    CheckpointError,
+    CheckpointNotWrittenError,
+    read_manifest,
+)
 from esper.surgery.growth_log import unpack_action
 from esper.training.alarm import LossHistory, alarm
 from esper.training.metrics import METRICS
@@ -117,6 +121,8 @@ class Trial:
         self._ruled: list[FlagsRecord] = []
         self._losses = LossHistory()
         self._collapse: CollapseError | None = None
+        # steps whose loss was no number before, too; None: whoever says so is believed at once
+        self.known_collapses: Set[int] | None = None
         self.health = self.shard.health()
 
     @property
@@ -186,6 +192,10 @@ class Trial:
         try:
             report = self.shard.run_interval(measures=measures, execution=execution)
         except CollapseError as error:
+            # of several shards one may be broken: seeds and run are not to blame before it recurs
+            known = self.known_collapses
+            if known is not None and self.health.shards > 1 and error.step not in known:
+                raise
             collapse = error
         reason = self._incident(report, collapse)
         suspects = [] if reason is None else self.shard.suspects()
@@ -209,7 +219,9 @@ class Trial:
 
     def _grow(self, report: Report) -> None:
         """Let the controller act at the end of a good interval."""
-        if diverged := self.shard.diverged():
+        # stages change between intervals alone, so that these are those of the interval
+        training = self.health.stages.get(Stage.TRAINING.name)
+        if training and (diverged := self.shard.diverged()):
             self._fail([Rollback(*place, "its own weights are no numbers") for place in diverged])
             return
         note = {"controller": self.controller.memory(), "losses": dataclasses.asdict(self._losses)}
@@ -246,6 +258,7 @@ class Trial:
             "host_drift_frac": None if report is None else report.host_drift_frac,
             "new_seed_grad_ratio": None if report is None else self._insertion_health(report),
             "vetoes": len(self.controller.vetoes),
+            "shards": health.shards,
             "train_seconds": health.cost.seconds,
         }
         for name, value in point.items():
@@ -265,14 +278,20 @@ class Trial:
         ]
         return median(ratios) if ratios else None
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, wait: bool = True) -> None:
         """Write a checkpoint from which `resume` goes on; a former one is replaced.
 
         Bit for bit on the same device: loss curve, growth log, random numbers and order of the
         data. Nothing is pickled. `esper.load` reads the model and its lattice from it, too.
 
+        Args:
+            folder: Where.
+            wait: Until it is written; otherwise the trial may go on meanwhile, and what goes wrong
+                is raised by the next call or by `settle` of the shard.
+
         Raises:
             CheckpointError: If the folder holds something else.
+            CheckpointNotWrittenError: If the disk is full or fails; a former one is as it was.
         """
         records = {"followed": self._followed, "replayed": self._replayed}
         content = {
@@ -283,11 +302,11 @@ class Trial:
             "started_at": self._started.isoformat(),
             "controller": self.controller.state_dict(),
             "losses": dataclasses.asdict(self._losses),
-            "curves": self.curves,
+            "curves": {name: list(values) for name, values in self.curves.items()},
             "flags": [ruled.model_dump(mode="json") for ruled in self._ruled],
             "collapse": None if self._collapse is None else self._collapse.args,
         }
-        self.shard.checkpoint(folder, {"trial": content})
+        self.shard.checkpoint(folder, {"trial": content}, wait=wait)
 
     @classmethod
     def resume(cls, folder: str | Path, shards: Shards = KasminaShard) -> "Trial":
@@ -405,46 +424,86 @@ def run_through(
     *,
     every: int = 10,
     retries: int = 0,
+    again: Shards | None = None,
     on_interval: Callable[[Trial], None] = lambda trial: None,
-    on_lost: Callable[[ShardLostError], None] = lambda error: None,
+    on_lost: Callable[[Exception], None] = lambda error: None,
+    on_unwritten: Callable[[CheckpointNotWrittenError], None] | None = None,
 ) -> tuple[Trial, TrialRecord]:
-    """Run a trial to its end; when a shard is lost, go on from the last checkpoint with a new one.
+    """Run a trial to its end; when its shards fail, go on from the last checkpoint with new ones.
 
-    What was trained since then is trained again, bit for bit on the same kind of device; no
-    decision is lost.
+    What was trained since then is trained again, bit for bit on as many devices of the same kind;
+    no decision is lost. Checkpoints are written while the trial goes on: a failure in the middle of
+    one costs the steps since the one before.
+
+    A failure is a lost shard, shards that are not equal any more, and, with several shards, a loss
+    that is no number: one of them may be broken. If that comes again at the same step, it is the
+    model's, and treated as in a trial of one shard.
 
     Args:
         trial: The trial, at its start or resumed.
-        folder: Where checkpoints go; None: there are none, and a lost shard ends the run.
+        folder: Where checkpoints go; None: there are none, and a failure ends the run.
         every: Intervals from one checkpoint to the next; there is always one at the end.
         retries: How often it may go on so. There is then a checkpoint before the first interval.
-        on_interval: Called after every interval; after a loss with what is run again, too.
-        on_lost: Called before the trial goes on from a checkpoint.
+        again: Makes the shards that replace those that failed; None: as the trial's own.
+        on_interval: Called after every interval; after a failure with what is run again, too.
+        on_lost: Called with the failure before the trial goes on from a checkpoint.
+        on_unwritten: Called when a checkpoint could not be written, after which the trial goes on
+            with the former one; None: that ends the run. The first must be written.
 
     Returns:
-        The trial that ended, which is another object after a loss, and its record.
+        The trial that ended, which is another object after a failure, and its record.
 
     Raises:
+        RepeatedFailureError: If the same failure comes twice in one interval.
         ShardLostError: If shards are lost once more than `retries` allows.
+        ReplicasDifferError: Likewise.
+        CheckpointNotWrittenError: If the disk is full or fails; see `on_unwritten`.
     """
-    lost: ShardLostError | None = None
-    if folder is not None and retries:
-        trial.save(folder)
-    while True:
+
+    def settle() -> None:
         try:
-            if lost is not None:
+            trial.shard.settle()
+        except CheckpointNotWrittenError as error:
+            if on_unwritten is None:
+                raise
+            on_unwritten(error)
+
+    if folder is None:
+        retries = 0
+    elif retries:
+        trial.save(folder)
+    again = again or trial.shards
+    failures: set[tuple[type[Exception], int]] = set()
+    collapses: set[int] = set()
+    failed = False
+    while True:
+        trial.known_collapses = collapses if retries else None
+        try:
+            if failed:
                 assert folder is not None
-                trial = Trial.resume(folder, trial.shards)
-                lost = None
+                trial, failed = Trial.resume(folder, again), False
+                continue
             if trial.done:
+                settle()
                 return trial, trial.record()
             trial.run_for(0.0)
             if folder is not None and (len(trial.curves["step"]) % every == 0 or trial.done):
-                trial.save(folder)
-        except ShardLostError as error:
-            if folder is None or not retries:
+                # so that one that failed does not take the place of this one
+                settle()
+                trial.save(folder, wait=False)
+        except (ShardLostError, ReplicasDifferError, CollapseError) as error:
+            trial.shard.close()
+            if not retries:
                 raise
-            lost, retries = error, retries - 1
+            if isinstance(error, CollapseError):
+                collapses.add(error.step)
+            elif not failed:
+                # shards that cannot be replaced yet are no failure of an interval
+                failure = type(error), len(trial.curves.get("step", ()))
+                if failure in failures:
+                    raise RepeatedFailureError(failure[1] + 1, str(error)) from error
+                failures.add(failure)
+            failed, retries = True, retries - 1
             on_lost(error)
         else:
             on_interval(trial)

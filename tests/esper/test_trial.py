@@ -98,7 +98,8 @@ def test_a_whole_run_leaves_a_complete_record(controller):
     assert {len(c) for c in record.curves.values()} == {run.intervals} == {20}
     assert set(record.curves) == {
         "step", "train_loss", "held_out_loss", "held_out_accuracy", "parameters", "active_seeds",
-        "grad_norm", "host_drift_frac", "new_seed_grad_ratio", "vetoes", "train_seconds",
+        "grad_norm", "host_drift_frac", "new_seed_grad_ratio", "vetoes", "shards",
+        "train_seconds",
     }  # fmt: skip
     assert record.curves["step"] == [10.0 * i for i in range(1, 21)]
     assert math.isnan(record.curves["host_drift_frac"][0])

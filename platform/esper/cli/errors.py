@@ -38,6 +38,13 @@ def _exit_code(error: Exception) -> int | None:
         return 2
     if "SweepIncompleteError" in names:
         return 4
+    if names & {
+        "CheckpointNotWrittenError",
+        "RepeatedFailureError",
+        "ReplicasDifferError",
+        "ShardLostError",
+    }:
+        return 3
     if names & {"ConnectionError", "TrackingError", "FileNotFoundError", "PermissionError"}:
         return 3
     return None

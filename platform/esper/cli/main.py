@@ -164,9 +164,20 @@ def run(
         int | None,
         typer.Option(min=1, help="Ray actors that train, each with its part of a batch; none."),
     ] = None,
+    on_loss: Annotated[
+        str,
+        typer.Option(
+            metavar="[retry|shrink|fail]",
+            help="When an actor is lost: go on with new ones, with fewer if need be, or not "
+            "(nor when a checkpoint cannot be written).",
+        ),
+    ] = "retry",
     retries: Annotated[
         int, typer.Option(min=0, help="Times the run goes on when an actor is lost.")
     ] = 2,
+    wait_s: Annotated[
+        float, typer.Option(help="Seconds that new actors wait for the room of those lost.")
+    ] = 60.0,
     tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI.")] = "sqlite:///mlflow.db",
     json_file: JsonOption = None,
 ) -> None:
@@ -180,15 +191,22 @@ def run(
     if resume is not None and (seed is not None or replay is not None):
         raise typer.BadParameter("--resume takes seed and decisions from the checkpoint alone.")
     from esper.cli.run import new_trial, resumed_trial, run_once, shards_of
+    from esper.config.base import validate
+    from esper.config.shards import ShardsConfig
 
-    with shards_of(shards) as made:
+    options = {"count": shards, "on_loss": on_loss, "retries": retries, "wait_s": wait_s}
+    sharding = None if shards is None else validate(ShardsConfig, options, source="esper run")
+    with shards_of(sharding) as (made, again):
         if resume is not None:
             trial = resumed_trial(resume, made)
         else:
             assert config is not None
             trial = new_trial(config, seed or 0, replay, made)
-        again = 0 if shards is None else retries
-        run_once(trial, checkpoint or resume, every, save, tracking_uri, json_file, again)
+        times = 0 if sharding is None else sharding.times
+        run_once(
+            trial, checkpoint or resume, every, save, tracking_uri, json_file, times, again,
+            goes_on=on_loss != "fail",
+        )  # fmt: skip
 
 
 @app.command()

@@ -16,6 +16,7 @@ from esper.config.run import load_run
 from esper.environment import fingerprint
 
 if TYPE_CHECKING:
+    from esper.config.shards import ShardsConfig
     from esper.shards.shard import Shards
     from esper.trial import Trial
 
@@ -28,6 +29,8 @@ def run_once(
     tracking_uri: str,
     json_file: Path | None,
     retries: int = 0,
+    again: "Shards | None" = None,
+    goes_on: bool = True,
 ) -> None:
     """Train, log to MLflow, print the final metrics, and save the model if asked."""
     console = Console()
@@ -45,13 +48,17 @@ def run_once(
         console.print(_line(trial, left), highlight=False, soft_wrap=True)
 
     def lost(error: Exception) -> None:
-        console.print(f"{error}; going on from the last checkpoint", soft_wrap=True)
+        console.print(f"{error}\ngoing on from the last checkpoint", soft_wrap=True)
+
+    def unwritten(error: Exception) -> None:
+        console.print(f"{error}\nthe run goes on", soft_wrap=True)
 
     with TemporaryDirectory() as scratch:
         folder = checkpoint or (Path(scratch) if retries else None)
         trial, record = run_through(
-            trial, folder, every=every, retries=retries, on_interval=show, on_lost=lost
-        )
+            trial, folder, every=every, retries=retries, again=again, on_interval=show,
+            on_lost=lost, on_unwritten=unwritten if goes_on else None,
+        )  # fmt: skip
     run_id = log_single(tracking_uri, "esper-runs", record, trial.config.model_dump(mode="json"))
     for name, value in record.metrics.items():
         console.print(f"{name:>20}  {value:.6g}")
@@ -67,18 +74,17 @@ def run_once(
 
 
 @contextmanager
-def shards_of(count: int | None) -> Iterator["Shards"]:
-    """What makes the shards of a run: in this process, or in actors of Ray until the end.
+def shards_of(config: "ShardsConfig | None") -> Iterator[tuple["Shards", "Shards"]]:
+    """What makes the shards of a run and their replacements, until the end.
 
     Args:
-        count: Actors; None: in this process.
+        config: Of actors of Ray; None: in this process.
     """
-    if count is None:
+    if config is None:
         from esper.shards.shard import KasminaShard
 
-        yield KasminaShard
+        yield KasminaShard, KasminaShard
         return
-    from esper.config.shards import ShardsConfig
     from esper.config.sweep import Resources
     from esper_experiments.sweep import TUNE_ENVIRONMENT
 
@@ -88,9 +94,9 @@ def shards_of(count: int | None) -> Iterator["Shards"]:
 
     start_ray(Resources())
     try:
-        from esper.shards.group import groups
+        from esper.shards.group import groups, replacements
 
-        yield groups(ShardsConfig(count=count))
+        yield groups(config), replacements(config)
     finally:
         stop_ray()
 

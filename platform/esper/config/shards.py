@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from esper.config.base import Config
 
@@ -24,3 +24,17 @@ class ShardsConfig(Config):
     timeout_s: PositiveFloat = Field(
         600.0, description="A shard that does not answer a call for so long is given up."
     )
+    on_loss: Literal["retry", "shrink", "fail"] = Field(
+        "retry", description="When a shard is lost, or shards do not agree. retry: go on from the "
+        "last checkpoint with as many new ones. shrink: with fewer, if there is no room for all; "
+        "what they compute is then rounded otherwise. fail: end the run.",
+    )  # fmt: skip
+    retries: NonNegativeInt = Field(2, description="How often a run goes on so; fail: never.")
+    wait_s: PositiveFloat = Field(
+        60.0, description="How long new shards wait for the room of all that were lost."
+    )
+
+    @property
+    def times(self) -> int:
+        """How often a run goes on after a failure."""
+        return 0 if self.on_loss == "fail" else self.retries

@@ -32,5 +32,36 @@ class ReplicasDifferError(RuntimeError):
         )
 
 
+class NoRoomError(ShardLostError):
+    """The cluster has no room for the shards."""
+
+
+class ShardMemoryError(ShardLostError):
+    """Shards ran out of memory."""
+
+    def __str__(self) -> str:
+        return (
+            f"{_named(self.ranks)} ran out of memory: {self.what}; lower train.batch_size, or give "
+            "each shard less to do (more shards) or more room (a larger device, no other trial "
+            "on it)."
+        )
+
+
+class RepeatedFailureError(RuntimeError):
+    """The run failed twice in the same interval; to try again would go on for ever."""
+
+    def __init__(self, interval: int, what: str) -> None:
+        # all arguments go to the base class so that the error survives pickling between actors
+        super().__init__(interval, what)
+        self.interval, self.what = interval, what
+
+    def __str__(self) -> str:
+        return (
+            f"interval {self.interval} must succeed when it is repeated from a checkpoint, but "
+            f"failed twice: {self.what}; the last checkpoint is kept: mend the cause, then go on "
+            "from it with --resume."
+        )
+
+
 def _named(ranks: Sequence[int]) -> str:
     return f"shard{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -26,7 +26,12 @@ from esper.environment import code_hash
 from esper.seeds.actions import Action, Rollback
 from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
-from esper.shards.errors import ReplicasDifferError, ShardLostError
+from esper.shards.errors import (
+    NoRoomError,
+    ReplicasDifferError,
+    ShardLostError,
+    ShardMemoryError,
+)
 from esper.shards.replica import Replica, ReplicaTrainer
 from esper.shards.shard import Health, KasminaShard, Shards, ShardSpec
 from esper.training.snapshot import Place
@@ -35,6 +40,8 @@ from esper.training.snapshot import Place
 START_S = 120.0
 # after the first error, how long the other shards have to say what they know
 GRACE_S = 5.0
+# how long a smaller group may take to be placed
+FEWER_S = 2.0
 
 
 class ShardActor:
@@ -74,16 +81,18 @@ class ShardGroup:
     Args:
         spec: What each of them is made of.
         config: How many, with what resources.
+        wait_s: How long to wait for room that the cluster may not have now; None: it must have it.
 
     Attributes:
         pids: Process ids of the actors.
 
     Raises:
         ConfigError: If the cluster is too small, or a shard cannot be built.
+        NoRoomError: If there was no room in time.
         ShardLostError: If a shard does not start.
     """
 
-    def __init__(self, spec: ShardSpec, config: ShardsConfig) -> None:
+    def __init__(self, spec: ShardSpec, config: ShardsConfig, wait_s: float | None = None) -> None:
         self._config = config
         # what Ray makes of a class has no type of its own
         self._actors: list[Any] = []
@@ -91,14 +100,15 @@ class ShardGroup:
         if gpus is None:
             gpus = float(torch.device(spec.config.device).type == "cuda")
         need = {"CPU": config.cpus_per_shard, "GPU": gpus}
-        _require_room(need, config.count)
+        if wait_s is None:
+            _require_room(need, config.count)
+            wait_s = max(START_S, config.timeout_s)
         bundle = {k: v for k, v in need.items() if v}
         self._place = placement_group([bundle] * config.count, strategy="PACK")
         try:
-            wait_s = max(START_S, config.timeout_s)
             if not self._place.wait(wait_s):
-                raise ShardLostError(
-                    range(config.count), f"got no place on the cluster in {wait_s:g} s"
+                raise NoRoomError(
+                    range(config.count), f"got no room on the cluster in {wait_s:g} s"
                 )
             threads = max(1, int(config.cpus_per_shard))
             self._actors = [
@@ -191,16 +201,20 @@ class ShardGroup:
             flops=first.cost.flops * count,
             growth_flops=first.cost.growth_flops * count,
         )
-        return dataclasses.replace(first, cost=cost)
+        return dataclasses.replace(first, shards=count, cost=cost)
 
     def log(self) -> list[Transition]:
         """See `KasminaShard.log`."""
         log: list[Transition] = self._ask_first("log")
         return log
 
-    def checkpoint(self, folder: str | Path, content: Mapping[str, Any]) -> None:
+    def checkpoint(self, folder: str | Path, content: Mapping[str, Any], wait: bool = True) -> None:
         """Have the first shard write what all of them can be restored from."""
-        self._ask_first("checkpoint", _absolute(folder), content)
+        self._ask_first("checkpoint", _absolute(folder), content, wait=wait)
+
+    def settle(self) -> None:
+        """See `KasminaShard.settle`."""
+        self._ask_first("settle")
 
     def restore(self, folder: str | Path, execution: Execution | None = None) -> None:
         """Restore all shards; the folder must be reachable from their nodes."""
@@ -234,6 +248,7 @@ class ShardGroup:
         answers: dict[int, Any] = {}
         dead: dict[int, str] = {}
         errors: dict[int, RayTaskError] = {}
+        memory: dict[int, str] = {}
         while waiting:
             done, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not done:
@@ -243,15 +258,26 @@ class ShardGroup:
                 answers[at] = ray.get(done[0])
             except RayTaskError as error:
                 errors[at] = error
+                if _is_memory(error.cause):
+                    memory[at] = _first_line(error.cause) or type(error.cause).__name__
+            except OutOfMemoryError as error:
+                memory[at] = _first_line(error)
             except RayError as error:
-                dead[at] = str(error).strip().splitlines()[0]
-            if dead or errors:
+                dead[at] = _first_line(error)
+            if dead or memory or errors:
                 deadline = min(deadline, time.monotonic() + GRACE_S)
         ranks = len(self._actors) or 1
         lost = {i: e for i, e in errors.items() if isinstance(e.cause, ShardLostError)}
+        if memory:
+            self.close()
+            raise ShardMemoryError(sorted({i % ranks for i in memory}), min(memory.values()))
         if dead:
             self.close()
-            raise ShardLostError(sorted({i % ranks for i in dead}), f"died: {min(dead.values())}")
+            raise ShardLostError(
+                sorted({i % ranks for i in dead}),
+                f"died: {min(dead.values())} (if it was killed for memory, as `dmesg` says, lower "
+                "train.batch_size or give it a larger machine)",
+            )
         if waiting and len(errors) == len(lost):
             self.close()
             raise ShardLostError(
@@ -269,6 +295,44 @@ class ShardGroup:
 def groups(config: ShardsConfig) -> Shards:
     """What makes the shards of trials in actors."""
     return partial(ShardGroup, config=config)
+
+
+def replacements(config: ShardsConfig) -> Shards:
+    """What makes the shards that take the place of lost ones, by the policy of `config`.
+
+    With `on_loss: shrink` they may be fewer; a later replacement asks for all again.
+    """
+    return partial(_replace, config=config)
+
+
+def _replace(spec: ShardSpec, config: ShardsConfig) -> ShardGroup:
+    wait_s, count = config.wait_s, config.count
+    while True:
+        try:
+            return ShardGroup(spec, config.model_copy(update={"count": count}), wait_s)
+        except NoRoomError:
+            count = _fewer(spec, count)
+            if config.on_loss != "shrink" or not count:
+                raise
+            # whoever is to come back had its time
+            wait_s = FEWER_S
+
+
+def _fewer(spec: ShardSpec, count: int) -> int:
+    """The next smaller number of replicas that cut a batch into equal parts; 0 if there is none."""
+    # how many samples make the whole set is not known here; one shard takes them all
+    batch = spec.config.train.batch_size or 1
+    return next((n for n in range(count - 1, 0, -1) if batch % n == 0), 0)
+
+
+def _is_memory(error: BaseException) -> bool:
+    # torch has a class of its own for GPUs alone
+    said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _absolute(folder: str | Path) -> Path:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +28,7 @@ from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
 from esper.seeds.state import Stage
 from esper.surgery import files
-from esper.surgery.checkpoint_folder import read_checkpoint, write_checkpoint
+from esper.surgery.checkpoint_folder import copies, read_checkpoint, write_copies
 from esper.surgery.lattice import Lattice, attach
 from esper.training import checkpoint
 from esper.training.hosts import HOSTS
@@ -66,6 +67,7 @@ class Health:
         active_seeds: Seeds that are awake.
         stages: How many seeds are in each stage, by name; dormant ones are left out.
         seeds: Seeds of each site.
+        shards: How many train the model.
         cost: What training has cost so far.
     """
 
@@ -76,6 +78,7 @@ class Health:
     active_seeds: int
     stages: Mapping[str, int]
     seeds: Mapping[str, int]
+    shards: int
     cost: Cost = field(compare=False)
 
 
@@ -124,8 +127,12 @@ class Shard(Protocol):
         """Every transition so far."""
         ...
 
-    def checkpoint(self, folder: str | Path, content: Mapping[str, Any]) -> None:
+    def checkpoint(self, folder: str | Path, content: Mapping[str, Any], wait: bool = True) -> None:
         """Write everything that `restore` needs."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is written."""
         ...
 
     def restore(self, folder: str | Path, execution: Execution | None = None) -> None:
@@ -179,6 +186,8 @@ class KasminaShard:
         )
         self.trainer.execute(config.execution)
         self._device = config.device
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
     def run_interval(
         self,
@@ -242,6 +251,7 @@ class KasminaShard:
             active_seeds=lattice.count_awake(),
             stages={s.name: n for s, n in stages.items() if s is not Stage.DORMANT},
             seeds={name: layer.num_seeds for name, layer in layers.items()},
+            shards=1,
             cost=dataclasses.replace(trainer.cost),
         )
 
@@ -260,18 +270,38 @@ class KasminaShard:
         """Every transition so far."""
         return list(self.trainer.lattice.log)
 
-    def checkpoint(self, folder: str | Path, content: Mapping[str, Any]) -> None:
+    def checkpoint(self, folder: str | Path, content: Mapping[str, Any], wait: bool = True) -> None:
         """Write everything that `restore` needs; a former checkpoint is replaced.
+
+        One is written after the other.
 
         Args:
             folder: Where.
-            content: What else is to be kept with it, as JSON.
+            content: What else is to be kept with it, as JSON; must not change until it is written.
+            wait: Until it is written; otherwise only until the tensors are copied, and what goes
+                wrong after that is raised by the next call of this method or of `settle`.
 
         Raises:
             CheckpointError: If the folder holds something else.
+            CheckpointNotWrittenError: If the disk is full or fails.
         """
+        self.settle()
         tensors, own = checkpoint.pack(self.trainer)
-        write_checkpoint(Path(folder), tensors, {**own, **content})
+        taken, whole = copies(tensors), {**own, **content}
+        self._writing = self._writer.submit(write_copies, Path(folder), taken, whole)
+        if wait:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is written.
+
+        Raises:
+            CheckpointError: As `checkpoint` says; once.
+            CheckpointNotWrittenError: Likewise.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def restore(self, folder: str | Path, execution: Execution | None = None) -> None:
         """Go on, bit for bit on the same device, from where a checkpoint was written.
@@ -284,6 +314,7 @@ class KasminaShard:
         Raises:
             CheckpointError: If it is damaged, or of another model, optimizer or data.
         """
+        self.settle()
         if execution is not None:
             self.trainer.execute(execution)
         folder = Path(folder)
@@ -295,7 +326,8 @@ class KasminaShard:
         files.save(folder, trainer.model, trainer.lattice, optimizer=trainer.optimizer)
 
     def close(self) -> None:
-        """Nothing is held that the process would not give back by itself."""
+        """End the thread that writes checkpoints, when it has written."""
+        self._writer.shutdown()
 
 
 def build_options(registry: Registry[type[M]], plugin: Plugin, path: str) -> M:

@@ -2,7 +2,8 @@
 
 It holds `manifest.json` and one `tensors-<sha256>.safetensors`. The tensors are written first,
 under a name that is their own hash; replacing the manifest is the one step that makes the new
-checkpoint valid. A crash at any moment leaves the old or the new one. Nothing is ever unpickled.
+checkpoint valid. A crash at any moment, or a disk that is full, leaves the old or the new one.
+While it is written there must be room for both. Nothing is ever unpickled.
 """
 
 import hashlib
@@ -26,6 +27,26 @@ class CheckpointError(ValueError):
     """The folder is no checkpoint, is damaged, or does not fit the model; nothing was changed."""
 
 
+class CheckpointNotWrittenError(OSError):
+    """A checkpoint could not be written; a former one in the same folder is what it was."""
+
+    def __init__(self, folder: str, what: str) -> None:
+        # all arguments go to the base class so that the error survives pickling between actors
+        super().__init__(folder, what)
+        self.folder, self.what = folder, what
+
+    def __str__(self) -> str:
+        return (
+            f"a checkpoint must be written to {self.folder}, but: {self.what}; a former one there "
+            "is as it was: make room for two at once, or choose another folder."
+        )
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU, which share no memory: what goes on changes none of them."""
+    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+
+
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
     """Write a checkpoint; a former one in the same folder is replaced.
 
@@ -36,10 +57,16 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], content: dict[str
 
     Raises:
         CheckpointError: If the folder exists and holds something else.
+        CheckpointNotWrittenError: If the disk is full or fails.
     """
-    _require_ours(folder)
     # safetensors refuses tensors that share memory, such as tied weights
-    payload = to_bytes({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
+    write_copies(folder, copies(tensors), content)
+
+
+def write_copies(folder: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+    """Write a checkpoint of what `copies` returned; see `write_checkpoint`."""
+    _require_ours(folder)
+    payload = to_bytes(tensors)
     digest = hashlib.sha256(payload).hexdigest()
     manifest = {
         "format": FORMAT,
@@ -49,12 +76,28 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], content: dict[str
         **content,
     }
     manifest["manifest_sha256"] = _hash_json(manifest)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / str(manifest["tensors"]), payload)
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-    for old in folder.iterdir():
-        if old.name not in (manifest["tensors"], MANIFEST) and _is_leftover(old):
-            old.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # what a crash left would take the room of what is to come
+        _clean(folder)
+        try:
+            write_atomically(folder / str(manifest["tensors"]), payload)
+            write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        finally:
+            # either the former checkpoint's tensors or those of the one that failed
+            _clean(folder)
+    except OSError as error:
+        raise CheckpointNotWrittenError(str(folder), error.strerror or str(error)) from error
+
+
+def _clean(folder: Path) -> None:
+    """Remove what does not belong to the checkpoint that is valid now."""
+    kept = {MANIFEST}
+    if (folder / MANIFEST).exists():
+        kept.add(read_manifest(folder)["tensors"])
+    for path in folder.iterdir():
+        if path.name not in kept and _is_leftover(path):
+            path.unlink()
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
