@@ -91,7 +91,17 @@ class ReplicaTrainer(Trainer):
                     f"'{name}' is a {type(module).__name__}; use LayerNorm or GroupNorm, or one "
                     "shard."
                 )
+        # of each parameter of a pool, by its id, the seeds that learn in this interval
+        self._learning: dict[int, Tensor] = {}
         self.optimizer.register_step_pre_hook(self._average_gradients)
+
+    def run_interval(self, steps: int | None = None) -> Report:
+        """Train for some steps and report; see `Trainer.run_interval`."""
+        # stages change between intervals alone, so that the device is asked once
+        layers = [attached.layer for attached in self.lattice.attached.values()]
+        rows = [(layer, layer.trainable.nonzero()[:, 0]) for layer in layers]
+        self._learning = {id(p): learning for layer, learning in rows for p in layer.pool()}
+        return super().run_interval(steps)
 
     def _next_batch(self) -> Split:
         x, y = super()._next_batch()
@@ -101,13 +111,20 @@ class ReplicaTrainer(Trainer):
 
     @torch.no_grad()
     def _average_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        for dtype in dict.fromkeys(g.dtype for g in grads):
-            some = [g for g in grads if g.dtype == dtype]
-            # one message, since each costs a round trip
-            mean = self._replica.mean(torch.cat([g.reshape(-1) for g in some]))
-            for grad, part in zip(some, mean.split([g.numel() for g in some]), strict=True):
-                grad.copy_(part.view_as(grad))
+        grads = [
+            (p.grad, self._learning.get(id(p)))
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        for dtype in dict.fromkeys(g.dtype for g, _ in grads):
+            some = [(g, rows) for g, rows in grads if g.dtype == dtype]
+            # one message, since each costs a round trip; seeds that do not learn are not moved
+            sent = [g if rows is None else g[rows] for g, rows in some]
+            mean = self._replica.mean(torch.cat([g.reshape(-1) for g in sent]))
+            parts = mean.split([g.numel() for g in sent])
+            for (grad, rows), own, part in zip(some, sent, parts, strict=True):
+                grad[slice(None) if rows is None else rows] = part.view_as(own)
 
     @torch.no_grad()
     def _report(self, loss: float) -> Report:

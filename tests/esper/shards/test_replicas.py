@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from esper.config.shards import ShardsConfig
-from esper.seeds.actions import Germinate
+from esper.seeds.actions import Cancel, Germinate, Promote
 from esper.shards.errors import ReplicasDifferError
 from esper.shards.group import ShardGroup, groups
 from esper.shards.replica import Replica, ReplicaTrainer
@@ -67,6 +67,37 @@ def test_telemetry_is_that_of_the_whole_batch(make_config, growth):
             assert getattr(b, name) == pytest.approx(getattr(a, name), rel=1e-4), name
             assert not any(map(math.isnan, getattr(b, name)))
     assert theirs.loss == pytest.approx(ours.loss, rel=1e-5)
+
+
+class Recording(Replica):
+    """A replica without others, that remembers how many numbers it would have sent."""
+
+    def mean(self, tensor):
+        SENT.append(tensor.numel())
+        return tensor
+
+
+SENT = []
+
+
+def test_only_seeds_that_learn_send_gradients(make_config):
+    spec = ShardSpec(make_config(), 3)
+    trainer = partial(ReplicaTrainer, replica=Recording(0, 1, "tcp://127.0.0.1:1", 1.0))
+    ours, plain = KasminaShard(spec, trainer), KasminaShard(spec)
+    host = ours.health().host_parameters
+    for actions, seeds in [
+        ([Germinate("fc1", 2, "mlp_relu", "linear", "")], 0),
+        ([Promote("fc1", 2, "")], 1),
+        ([Cancel("fc1", 2, "")], 0),
+    ]:
+        for shard in (ours, plain):
+            shard.apply(actions)
+            SENT.clear()
+            shard.run_interval(1)
+            if shard is ours:
+                # chunks of 2 channels with 4 hidden units
+                assert SENT[0] == host + seeds * (2 * 4 + 4 + 4 * 2)
+        assert ours.digest() == plain.digest()
 
 
 @pytest.mark.slow
