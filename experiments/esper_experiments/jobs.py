@@ -16,9 +16,6 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-# before Ray is imported, which reads it once: a client without a token is told so here
-os.environ.setdefault("RAY_AUTH_MODE", "token")
-
 import aiohttp
 import ray
 from ray.exceptions import AuthenticationError, RayError

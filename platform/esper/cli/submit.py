@@ -4,6 +4,7 @@ The job runs the code of this process, which is uploaded with the configuration:
 docs/decisions/2026-11-23-submit.md.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -58,9 +59,7 @@ def submit(
     _require_no_password(uri)
     if not results.startswith(("/", "~")):
         raise ConfigError("--results", (f"it must be a path from / or ~, but got {results!r}.",))
-    from esper_experiments.jobs import Cluster
-
-    cluster = Cluster.connect(address)
+    cluster = _connect(address)
     _warn_if_open(cluster.address)
     facts = {
         "config": job.config.as_posix(), "results": results, "tracking_uri": uri or "",
@@ -77,6 +76,14 @@ def submit(
         cluster.submit(name, command, Path(folder), facts, own, gpus)
     _tell_places(cluster, name, facts, job)
     return attach(cluster, name) if wait else 0
+
+
+def _connect(address: str) -> "Cluster":
+    # Ray reads it once, when it is imported: a client without a token is told so here
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from esper_experiments.jobs import Cluster
+
+    return Cluster.connect(address)
 
 
 def _command(job: Job, name: str, facts: dict[str, str], arguments: Sequence[str]) -> str:
@@ -184,9 +191,9 @@ def show_status(address: str, name: str | None) -> int:
     Returns:
         0; with a name 0 while it runs, and then its exit code.
     """
-    from esper_experiments.jobs import Cluster, exit_code
+    cluster = _connect(address)
+    from esper_experiments.jobs import exit_code
 
-    cluster = Cluster.connect(address)
     if name is not None:
         job = cluster.job(name)
         print(_line(job))
@@ -215,9 +222,7 @@ def show_logs(address: str, name: str) -> int:
     Returns:
         As `attach`.
     """
-    from esper_experiments.jobs import Cluster
-
-    return attach(Cluster.connect(address), name)
+    return attach(_connect(address), name)
 
 
 def stop(address: str, name: str) -> int:
@@ -226,8 +231,6 @@ def stop(address: str, name: str) -> int:
     Returns:
         0 if it has ended, 3 if it still runs.
     """
-    from esper_experiments.jobs import Cluster
-
-    job = Cluster.connect(address).stop(name)
+    job = _connect(address).stop(name)
     print(_line(job))
     return 0 if job.status.is_terminal() else 3

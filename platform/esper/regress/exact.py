@@ -165,7 +165,7 @@ def commanded_lattice(steps: int) -> Finding:
             refused = False
         except lifecycle.IllegalTransitionError:
             refused = True
-        if refused != (wanted is None) or layer.states() != states:
+        if refused != (wanted is None) or list(layer.states()) != states:
             problems.append(f"{action}: refused {refused}, {layer.states()[action.seed]}")
             break
         alphas = zip(layer.alpha.tolist(), states, strict=True)

@@ -27,7 +27,7 @@ RESERVED = frozenset(
         "collapse", "step", "steps", "parameters", "host_parameters", "train_flops",
         "train_seconds", "growth_flops", "growth_seconds", "seeds_kept", "seeds_culled",
         "seeds_rolled_back", "vetoes", "active_seeds", "grad_norm", "host_drift_frac",
-        "new_seed_grad_ratio",
+        "new_seed_grad_ratio", "shards",
     }
 )  # fmt: skip
 # and what a task's own metrics begin with

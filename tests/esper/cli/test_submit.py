@@ -85,7 +85,7 @@ class Head:
         )
         done = subprocess.run(
             [sys.executable, "-c", script, self.address, json.dumps(commands)],
-            cwd=self.folder, env=self.env(), capture_output=True, text=True,
+            cwd=self.folder, env=self.env(RAY_AUTH_MODE="token"), capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
 
