@@ -43,8 +43,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## run the paired experiment on the two spirals and print its verdict
 	$(BIN)/esper ab configs/sweeps/ab_spirals.yaml
 
+# two at a time: a file's tests stay together, and Ray's processes need room beside them
 test: lint types ## lint, check types, run the quick tests
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-all: lint types ## lint, check types, run all tests
 	$(BIN)/python -m pytest
@@ -63,7 +64,7 @@ safety: install ## check flags and their record of changes, and that rollouts ro
 
 regress: install ## the regression suite, legacy against new; build/regress.json
 	@mkdir -p build
-	$(BIN)/esper regress --json build/regress.json
+	$(BIN)/esper regress --report build/regress.json
 
 bench-pinned: install ## measure this commit and the one in .ci/pinned-commit, interleaved; build/bench
 	rm -rf build/bench

@@ -6,6 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import typer
+
+from esper.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 DAY_S = 86_400
@@ -65,3 +68,23 @@ def test_nothing_reports_to_third_parties(installed):
     shown = make("show", cwd=installed).stdout
     assert "RAY_USAGE_STATS_ENABLED=0" in shown
     assert "MLFLOW_DISABLE_TELEMETRY=true" in shown
+
+
+def esper_lines():
+    """Every command of Esper's that a make target types, without its values."""
+    text = (ROOT / "Makefile").read_text()
+    return [
+        line.split("$(BIN)/esper ")[1].split()
+        for line in text.splitlines()
+        if "$(BIN)/esper" in line
+    ]
+
+
+@pytest.mark.parametrize("words", esper_lines(), ids=" ".join)
+def test_targets_name_commands_and_options_that_exist(words):
+    command, left = typer.main.get_command(app), list(words)
+    while hasattr(command, "commands"):
+        # a group without a subcommand's name runs
+        command = command.commands[left.pop(0) if left[0] in command.commands else "run"]
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= known
