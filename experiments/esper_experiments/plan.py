@@ -119,6 +119,11 @@ def record_path(folder: Path, trial_id: str) -> Path:
     return folder / "trials" / f"{trial_id}.json"
 
 
+def checkpoint_path(folder: Path, trial_id: str) -> Path:
+    """Where a trial that runs keeps its checkpoint."""
+    return folder / "checkpoints" / trial_id
+
+
 def read_record(folder: Path, trial_id: str) -> TrialRecord:
     """The record of a finished trial.
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from esper.tracking.pictures import (
     growth_curves,
     lattice_over_time,
 )
+from esper_experiments.board import Board
 from esper_experiments.peers import trial_of
 from esper_experiments.plan import Planned, device_of, plan_trials, register, sweep_folder
 from esper_experiments.watcher import Watcher
@@ -180,7 +181,6 @@ def run_sweep(
         ConnectionError: If MLflow cannot be reached; nothing has started then.
         SweepIncompleteError: If trials failed or the run was interrupted.
     """
-    watcher = watcher or Watcher()
     check(sweep)
     folder = sweep_folder(sweep, device_of(sweep))
     registration = register(sweep, folder)
@@ -188,38 +188,62 @@ def run_sweep(
     plan = plan_trials(sweep, registration)
     sink = _open_sink(sweep, registration, folder)
     before = read_records(folder)
-    watcher.planned([p.spec.trial_id for p in plan], len(before))
+    board = Board(sweep, folder, plan, before, watcher or Watcher())
     for record in before:
         sink.submit_trial(record, _params(sweep, record.arm))
 
-    def finished(record: TrialRecord) -> None:
-        sink.submit_trial(record, _params(sweep, record.arm))
-        watcher.finished(record)
-
     try:
-        timing = _run_missing(
-            sweep, registration, plan, before, folder, sink, watcher.progress, finished
-        )
-        return _conclude(sweep, registration, folder, sink, timing, command)
+        timing = _run_missing(sweep, registration, plan, before, folder, sink, board)
+        result = _conclude(sweep, registration, folder, sink, timing, command)
     except BaseException:
+        board.end(whole=False)
         sink.finish("FAILED")
         raise
+    board.end(whole=True)
+    return result
 
 
-def pairs_wanted(sweep: SweepConfig, registration: Registration, ran: list[TrialRecord]) -> int:
-    """Pairs to run: those of the first planned look that is not complete, or that decides."""
-    records = [*ran, *search_records(ran, sweep.searches)]
-    present = {(r.arm, r.pair) for r in ran}
-    for look in looks_of(registration)[:-1]:
-        complete = all((arm, k) in present for arm in sweep.arms for k in range(look.pairs))
-        if not complete:
-            return look.pairs
-        verdict, *_ = judge_look(
-            records, registration, look, sweep.dependent_arms, sweep.salted_arms
-        )
-        if verdict.verdict != "INCONCLUSIVE":
-            return look.pairs
-    return registration.pairs
+class PairsWanted:
+    """How many pairs a sweep has to run, as far as its records tell.
+
+    Those of the first look that is not complete, or that decides; with a test that may be looked
+    at after any pair, all of them until one decides.
+
+    Args:
+        sweep: The configuration.
+        registration: The question.
+        records: What there is before.
+    """
+
+    def __init__(
+        self, sweep: SweepConfig, registration: Registration, records: Iterable[TrialRecord]
+    ) -> None:
+        self._sweep, self._registration = sweep, registration
+        self._records = {r.trial_id: r for r in records}
+        self._looks = looks_of(registration)[:-1]
+
+    def add(self, record: TrialRecord) -> None:
+        """There is another one."""
+        self._records[record.trial_id] = record
+
+    def __call__(self) -> int:
+        """As many, now."""
+        sweep, registration = self._sweep, self._registration
+        ran = list(self._records.values())
+        present = {(r.arm, r.pair) for r in ran}
+        while self._looks:
+            look = self._looks[0]
+            if not all((arm, k) in present for arm in sweep.arms for k in range(look.pairs)):
+                return registration.pairs if look.anytime else look.pairs
+            records = [*ran, *search_records(ran, sweep.searches)]
+            verdict, *_ = judge_look(
+                records, registration, look, sweep.dependent_arms, sweep.salted_arms
+            )
+            if verdict.verdict != "INCONCLUSIVE":
+                return look.pairs
+            # what did not decide then never will
+            del self._looks[0]
+        return registration.pairs
 
 
 def _run_missing(
@@ -229,26 +253,34 @@ def _run_missing(
     before: list[TrialRecord],
     folder: Path,
     sink: MlflowSink,
-    on_progress: Callable[[str, dict[str, float]], None],
-    on_finished: Callable[[TrialRecord], None],
+    board: Board,
 ) -> Timing:
-    def wanted() -> int:
-        return pairs_wanted(sweep, registration, read_records(folder))
-
+    wanted = PairsWanted(sweep, registration, before)
     done = {r.trial_id for r in before}
     if not _left(plan, done, wanted()):
         return Timing(0, 0.0, 0.0, None)
     os.environ.update({k: v for k, v in TUNE_ENVIRONMENT.items() if k not in os.environ})
 
-    from esper_experiments.on_ray import run_plan, start_ray, stop_ray
+    from esper_experiments.on_ray import find_room, run_plan, start_ray, stop_ray
+
+    heard = set(done)
+
+    def finished(record: TrialRecord) -> None:
+        heard.add(record.trial_id)
+        wanted.add(record)
+        sink.submit_trial(record, _params(sweep, record.arm))
+        board.finished(record)
 
     started = time.time()
     start_ray(sweep.resources)
     try:
-        slots = _slots(sweep)
-        errors = run_plan(
-            plan, done, folder, sweep.resources, slots, on_progress, on_finished, wanted
-        )
+        room = find_room(sweep.resources, device_of(sweep))
+        board.placed(room.slots, room.gpus, sweep.resources.gpus_per_trial)
+        errors = run_plan(plan, done, folder, sweep.resources, room, board, finished, wanted)
+        for record in read_records(folder):
+            # it was written in the moment in which another one decided the question
+            if record.trial_id not in heard:
+                finished(record)
     finally:
         sink.wait()
         stop_ray()
@@ -256,29 +288,12 @@ def _run_missing(
     if missing := _left(plan, done | {r.trial_id for r in records}, wanted()):
         lines = tuple(f"{trial}: {why}" for trial, why in sorted(errors.items()))
         raise SweepIncompleteError(tuple(sorted(missing)), lines)
-    return _timing(records, started, slots)
+    return _timing(records, started, room.slots)
 
 
 def _left(plan: list[Planned], done: set[str], pairs: int) -> set[str]:
     """Trials of the first pairs that are not done."""
     return {p.spec.trial_id for p in plan if p.spec.pair < pairs} - done
-
-
-def _slots(sweep: SweepConfig) -> int:
-    """Trials that run at once."""
-    import ray
-
-    have, need = ray.cluster_resources(), sweep.resources
-    by_cpu = have.get("CPU", 0) / need.cpus_per_trial
-    by_gpu = have.get("GPU", 0) / need.gpus_per_trial if need.gpus_per_trial else by_cpu
-    slots = int(min(by_cpu, by_gpu))
-    if slots < 1:
-        raise ConfigError("resources", (
-            f"resources must fit the cluster, which has {have.get('CPU', 0):g} CPUs and "
-            f"{have.get('GPU', 0):g} GPUs, but a trial asks for {need.cpus_per_trial:g} and "
-            f"{need.gpus_per_trial:g}; lower them.",
-        ))  # fmt: skip
-    return slots
 
 
 def _timing(records: list[TrialRecord], started: float, slots: int) -> Timing:

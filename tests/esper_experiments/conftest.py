@@ -72,8 +72,8 @@ class TinySweep:
 
 @pytest.fixture
 def make_sweep(tmp_path: Path) -> Callable[..., TinySweep]:
-    """Makes a tiny sweep with some keys changed."""
-    return lambda **changes: TinySweep(tmp_path, **changes)
+    """Makes a tiny sweep with some keys changed, `at` a folder of its own if there are several."""
+    return lambda at="", **changes: TinySweep(tmp_path / at, **changes)
 
 
 @pytest.fixture(scope="session")

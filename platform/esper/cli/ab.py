@@ -7,21 +7,22 @@ starts anything.
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.live import Live
 from rich.table import Table
 
+from esper.cli.status import board, duration
 from esper.config.base import ConfigError
 from esper.config.sweep import SweepConfig, load_sweep
 from esper_experiments.watcher import Watcher
 
 if TYPE_CHECKING:
+    from esper.evidence.progress import Progress
     from esper.evidence.records import Registration, TrialRecord
     from esper.evidence.verdict import Verdict
     from esper_experiments.sweep import SweepResult
@@ -181,59 +182,51 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 class SweepProgress(Watcher):
-    """A bar with the time left on a terminal; one line a trial elsewhere."""
+    """A live table on a terminal; one line a trial elsewhere."""
 
     def __init__(self, console: Console, sweep: SweepConfig) -> None:
         self._console, self._metric = console, sweep.question.metric
-        self._bar = Progress(
-            TextColumn("trials"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"), TextColumn("{task.fields[now]}"), console=console,
-        )  # fmt: skip
-        self._task = self._bar.add_task("trials", total=None, left="", now="")
-        self._running: dict[str, dict[str, float]] = {}
-        self._total = self._before = self._done = 0
-        self._started = time.monotonic()
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._begun = False
 
     def __enter__(self) -> "SweepProgress":
         if self._console.is_terminal:
-            self._bar.start()
+            self._live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        self._live.stop()
 
-    def planned(self, trial_ids: Sequence[str], finished: int) -> None:
-        """The plan is made."""
-        self._total, self._before = len(trial_ids), finished
-        self._started = time.monotonic()
-        if finished:
-            self._console.print(f"{finished} of {len(trial_ids)} trials had finished before")
-        self._bar.update(self._task, total=len(trial_ids), completed=finished)
+    def changed(self, progress: "Progress") -> None:
+        """Show where the sweep stands."""
+        if not self._begun:
+            self._begun = True
+            if before := _ended(progress):
+                total = len(progress.trials)
+                self._console.print(f"{before} of {total} trials had finished before")
+        if self._console.is_terminal:
+            self._live.update(board(progress), refresh=True)
 
-    def progress(self, trial_id: str, latest: dict[str, float]) -> None:
-        """A trial goes on."""
-        self._running[trial_id] = latest
-        now = "  ".join(
-            f"{name}: step {values['step']:.0f}, loss {values['train_loss']:.3g}"
-            for name, values in self._running.items()
-            if values
-        )
-        self._bar.update(self._task, now=now)
-
-    def finished(self, record: "TrialRecord") -> None:
+    def finished(self, record: "TrialRecord", progress: "Progress") -> None:
         """A trial ended."""
-        self._running.pop(record.trial_id, None)
-        self._done += 1
-        each = (time.monotonic() - self._started) / self._done
-        left = each * (self._total - self._before - self._done)
-        self._bar.update(self._task, advance=1, left=f"about {left:.0f} s left")
-        if not self._console.is_terminal:
-            value = record.metrics[self._metric]
-            _say(
-                f"[{self._before + self._done}/{self._total}] {record.trial_id}: "
-                f"{self._metric} {value:.4g}, {record.metrics['parameters']:.0f} parameters, "
-                f"{record.metrics['train_seconds']:.1f} s; about {left:.0f} s left"
-            )
+        if self._console.is_terminal:
+            return
+        left = progress.seconds_left
+        _say(
+            f"[{_ended(progress)}/{len(progress.trials)}] {record.trial_id}: "
+            f"{self._metric} {record.metrics[self._metric]:.4g}, "
+            f"{record.metrics['parameters']:.0f} parameters, "
+            f"{record.metrics['train_seconds']:.1f} s{_left(left)}"
+        )
+
+
+def _ended(progress: "Progress") -> int:
+    counts = progress.counts()
+    return counts["finished"] + counts["collapsed"]
+
+
+def _left(seconds: float | None) -> str:
+    return "" if seconds is None else f"; about {duration(seconds)} left"
 
 
 def _say(line: str) -> None:

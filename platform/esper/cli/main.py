@@ -270,6 +270,24 @@ def ui(
 
 @app.command()
 @explained
+def status(
+    sweep: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SWEEP]", help="Its folder, or the beginning of its name; none: the latest."
+        ),
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of sweeps.")] = Path("runs"),
+    watch: Annotated[bool, typer.Option("--watch", help="Until it ends.")] = False,
+) -> None:
+    """Show where a sweep stands; exit code 4 if it was interrupted."""
+    from esper.cli.status import show_status
+
+    raise typer.Exit(show_status(sweep, runs, watch))
+
+
+@app.command()
+@explained
 def doctor(
     tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI.")] = "sqlite:///mlflow.db",
     json_file: JsonOption = None,

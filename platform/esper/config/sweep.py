@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from esper.config.base import Config, ConfigError, read_yaml, validate
 from esper.config.run import RunConfig
+from esper.config.shards import ShardsConfig
 
 
 def _is_none(value: object) -> bool:
@@ -61,7 +62,10 @@ class Question(Comparison):
     metric: str = Field(description="A final metric of every trial.")
     higher_is_better: bool = True
     margin: PositiveFloat = Field(description="Equivalence margin, in units of the metric.")
-    test: Literal["sign_flip", "wilcoxon"] = "sign_flip"
+    test: Literal["sign_flip", "wilcoxon", "e_process"] = Field(
+        "sign_flip",
+        description="e_process: judged after every pair, and the sweep ends when it is decided.",
+    )
     guardrails: tuple[Guardrail, ...] = ()
     secondary: tuple[Secondary, ...] = Field(
         (), description="Further comparisons, Holm-corrected as a family."
@@ -108,6 +112,11 @@ class Question(Comparison):
 
     @model_validator(mode="after")
     def _rising(self) -> "Question":
+        if self.looks and self.test == "e_process":
+            raise ValueError(
+                "looks must be empty with test e_process, which looks after every pair, but got "
+                f"{list(self.looks)}; drop them, or use sign_flip."
+            )
         if any(b <= a for a, b in pairwise(self.looks)) or len(self.looks) == 1:
             raise ValueError(
                 f"looks must be two or more rising numbers of pairs, but got {list(self.looks)}; "
@@ -143,7 +152,34 @@ class Resources(Config):
 
     cpus_per_trial: PositiveFloat = 1.0
     gpus_per_trial: float = Field(0.0, ge=0)
+    shards: PositiveInt = Field(
+        1,
+        description="Actors that train one trial together and share its CPUs and GPUs equally.",
+    )
     num_cpus: PositiveInt | None = Field(None, description="None: all CPUs of this machine.")
+    checkpoint_s: PositiveFloat = Field(
+        30.0, description="Seconds of a trial that the loss of its worker or driver may cost."
+    )
+
+    @model_validator(mode="after")
+    def _one_gpu_a_shard(self) -> "Resources":
+        if self.gpus_per_trial > self.shards:
+            raise ValueError(
+                f"gpus_per_trial must be at most 1 for each of {self.shards} shards, which compute "
+                f"on one device each, but got {self.gpus_per_trial:g}; set shards."
+            )
+        return self
+
+    @property
+    def shards_config(self) -> ShardsConfig | None:
+        """Of the actors of one trial; None: it is trained where it is driven."""
+        if self.shards == 1:
+            return None
+        return ShardsConfig(
+            count=self.shards,
+            cpus_per_shard=self.cpus_per_trial / self.shards,
+            gpus_per_shard=self.gpus_per_trial / self.shards,
+        )
 
 
 class TrackingConfig(Config):

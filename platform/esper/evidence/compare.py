@@ -102,6 +102,7 @@ def measure(
     registration: Registration,
     comparison: Comparison,
     share: float = 1.0,
+    collapse_share: float = 1.0,
 ) -> Measured:
     """All numbers of a comparison whose records passed every health check.
 
@@ -110,6 +111,7 @@ def measure(
         registration: The question.
         comparison: The two arms.
         share: What a planned look may spend of each guardrail's error rate.
+        collapse_share: The same for the rate of collapses, whose test is a fixed-sample one.
     """
     question = registration.question
     goal = question.goal_of(comparison)
@@ -131,7 +133,7 @@ def measure(
                 for guardrail in question.guardrails
                 if guardrail.metric != COLLAPSE
             ),
-            _collapse_guardrail(np.isnan(treatment), np.isnan(control), share),
+            _collapse_guardrail(np.isnan(treatment), np.isnan(control), collapse_share),
         ],
     )
 

@@ -115,16 +115,22 @@ def check_pairing(
 
 
 def check_fingerprint(records: Sequence[TrialRecord], registration: Registration) -> list[str]:
-    """All trials ran the registered code, the same versions, on the same kind of device."""
+    """All trials ran the registered code and versions, those of a pair on one kind of device."""
     reasons = []
     codes = {r.fingerprint.code_hash for r in records}
     if len(codes) > 1:
         reasons.append(f"The trials ran {len(codes)} different states of the code.")
     elif codes - {registration.fingerprint.code_hash}:
         reasons.append("The code was changed between the registration and the trials.")
-    devices = {r.fingerprint.device for r in records}
-    if len(devices) > 1:
-        reasons.append(f"The trials ran on different devices: {_named(devices)}.")
+    by_pair: dict[int, set[str]] = {}
+    for record in records:
+        by_pair.setdefault(record.pair, set()).add(record.fingerprint.device)
+    mixed = {pair: devices for pair, devices in by_pair.items() if len(devices) > 1}
+    if mixed:
+        devices = set().union(*mixed.values())
+        reasons.append(
+            f"The trials of {len(mixed)} pairs ran on different devices: {_named(devices)}."
+        )
     versions = [r.fingerprint.versions for r in records]
     differing = {
         name

@@ -17,8 +17,10 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
+from esper.evidence.sequential import e_process
+
 Alternative = Literal["greater", "less", "two-sided"]
-TestName = Literal["sign_flip", "wilcoxon"]
+TestName = Literal["sign_flip", "wilcoxon", "e_process"]
 Floats = NDArray[np.float64]
 
 EXACT_MAX_PAIRS = 16
@@ -107,18 +109,28 @@ def _wilcoxon(differences: Floats, seed: int) -> OneSided:
     return _sign_flip(np.sign(d) * stats.rankdata(sizes), seed)
 
 
+def _e_process(differences: Floats) -> OneSided:
+    # by Ville's inequality, the inverse of the greatest evidence so far is a p-value at any time
+    greater, less = (float(np.exp(-max(0.0, e_process(s * differences).max()))) for s in (1, -1))
+    return OneSided(greater, less)
+
+
 def one_sided(differences: ArrayLike, *, test: TestName = "sign_flip", seed: int = 0) -> OneSided:
     """Both one-sided p-values of the registered test, for the price of one.
 
     Args:
         differences: `[pairs]`, finite.
-        test: `sign_flip` tests the mean, `wilcoxon` the signed ranks.
+        test: `sign_flip` tests the mean, `wilcoxon` the signed ranks. `e_process` tests symmetry
+            about zero and may be looked at after every pair, for which it needs the differences in
+            the order of their pairs.
         seed: Of the resampling beyond 16 pairs.
 
     Raises:
         ValueError: With fewer than two differences, or one that is not finite.
     """
     d = _checked(differences, least=2)
+    if test == "e_process":
+        return _e_process(d)
     return _sign_flip(d, seed) if test == "sign_flip" else _wilcoxon(d, seed)
 
 

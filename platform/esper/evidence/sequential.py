@@ -25,12 +25,27 @@ BETS = (0.25, 0.5, 1.0, 2.0)
 
 
 class Look(NamedTuple):
-    """A moment at which a sweep is judged: its number, its pairs, its share of each error rate."""
+    """A moment at which a sweep is judged.
+
+    Attributes:
+        number: Its number, from 1.
+        of: How many there are.
+        pairs: The pairs that it sees.
+        share: What it may spend of each error rate.
+        anytime: The registered test may be looked at as often as one likes: only what else is
+            tested, collapses, has to share.
+    """
 
     number: int
     of: int
     pairs: int
     share: float
+    anytime: bool = False
+
+    @property
+    def test_share(self) -> float:
+        """What the registered test may spend of each error rate."""
+        return 1.0 if self.anytime else self.share
 
 
 def plan_looks(looks: Sequence[int], pairs: int) -> list[Look]:

@@ -238,7 +238,11 @@ def judge(
 
 def looks_of(registration: Registration) -> list[Look]:
     """When the sweep is judged."""
-    return plan_looks(registration.question.looks, registration.pairs)
+    question = registration.question
+    if question.test != "e_process":
+        return plan_looks(question.looks, registration.pairs)
+    every = range(min(MIN_PAIRS, registration.pairs), registration.pairs + 1)
+    return [look._replace(anytime=True) for look in plan_looks(every, registration.pairs)]
 
 
 def judge_all(
@@ -291,7 +295,8 @@ def judge_look(
         for comparison in registration.question.comparisons
     )
     family = [
-        e.measured.p.at(look.share) if e.measured else PValues(1.0, 1.0, 1.0) for e in secondary
+        e.measured.p.at(look.test_share) if e.measured else PValues(1.0, 1.0, 1.0)
+        for e in secondary
     ]
     better, worse, equivalent = (holm([p[i] for p in family]) for i in range(3))
     adjusted = [
@@ -371,7 +376,9 @@ def _examine(
         pairs=len(treatment & control),
         missing=len(missing_runs(records, registration, comparison, look.pairs)),
         reasons=reasons,
-        measured=None if reasons else measure(records, registration, comparison, look.share),
+        measured=None
+        if reasons
+        else measure(records, registration, comparison, look.test_share, look.share),
     )
 
 
@@ -389,7 +396,7 @@ def _conclude(
             }
         )
     m, look = examined.measured, examined.look
-    p = adjusted.p if adjusted else m.p.at(look.share)
+    p = adjusted.p if adjusted else m.p.at(look.test_share)
     name, rule = decide(m.differences.size, p, m.guardrails)
     goal = registration.question.goal_of(examined.comparison)
     needed = _pairs_needed(m, goal.margin, look, adjusted) if name == "INCONCLUSIVE" else None
@@ -423,8 +430,8 @@ def _identity(examined: _Examined, registration: Registration) -> dict[str, obje
         "margin": goal.margin,
         "pairs": examined.pairs,
         "missing": examined.missing,
-        "look": examined.look.number if question.looks else None,
-        "look_share": examined.look.share if question.looks else None,
+        "look": examined.look.number if examined.look.of > 1 else None,
+        "look_share": examined.look.share if examined.look.of > 1 else None,
         "commit": registration.fingerprint.commit,
         "registration_hash": registration.registration_hash,
     }
@@ -463,12 +470,12 @@ def _pairs_needed(
     m: Measured, margin: float, look: Look, adjusted: HolmAdjusted | None
 ) -> int | None:
     """Pairs for the question, or for the guardrails where they alone are undecided."""
-    better = adjusted.p.better if adjusted else m.p.at(look.share).better
+    better = adjusted.p.better if adjusted else m.p.at(look.test_share).better
     undecided = [g.pairs_needed for g in m.guardrails if not g.passed and not g.failed]
     if better <= ALPHA and undecided:
         bounded = [n for n in undecided if n is not None]
         return max(bounded) if len(bounded) == len(undecided) else None
-    alpha = ALPHA * look.share / (adjusted.family if adjusted else 1)
+    alpha = ALPHA * look.test_share / (adjusted.family if adjusted else 1)
     return pairs_needed(m.differences, margin, alpha=alpha)
 
 
@@ -488,7 +495,12 @@ def _reasons(m: Measured, metric: str, look: Look, adjusted: HolmAdjusted | None
         f"one-sided p {m.p.better:.3g} for better, {m.p.worse:.3g} for worse, "
         f"{m.p.equivalent:.3g} for equivalent."
     ]
-    if look.of > 1:
+    if look.anytime:
+        reasons.append(
+            f"The sweep was judged after every pair from the {MIN_PAIRS}th to the {n}th: these are "
+            "inverse values of the greatest evidence so far, which need no correction for that."
+        )
+    elif look.of > 1:
         reasons.append(
             f"Look {look.number} of {look.of} was the last one, after {n} pairs; it may spend "
             f"{look.share:.3g} of each error rate, so that p-values count as divided by that."
@@ -498,7 +510,7 @@ def _reasons(m: Measured, metric: str, look: Look, adjusted: HolmAdjusted | None
             f"Holm's correction over {adjusted.family} {adjusted.of} gives "
             f"{adjusted.p.better:.3g}, {adjusted.p.worse:.3g} and {adjusted.p.equivalent:.3g}."
         )
-        if adjusted.family * 0.5**n > ALPHA * look.share:
+        if adjusted.family * 0.5**n > ALPHA * look.test_share:
             reasons.append(f"{n} pairs are too few for any WIN or LOSE after that correction.")
     t, c = int(m.collapsed_treatment.sum()), int(m.collapsed_control.sum())
     if t or c:

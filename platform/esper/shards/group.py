@@ -224,6 +224,12 @@ class ShardGroup:
         """Have the first shard write the model."""
         self._ask_first("save", _absolute(folder))
 
+    def where(self) -> tuple[str, dict[str, str]]:
+        """See `KasminaShard.where`; several kinds of devices are all named."""
+        answers = self._collect("where", [a.call.remote("where") for a in self._actors])
+        devices = dict.fromkeys(device for device, _ in answers)
+        return " + ".join(devices), answers[0][1]
+
     def close(self) -> None:
         """End the actors and give their place back."""
         for actor in self._actors:

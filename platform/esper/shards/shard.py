@@ -22,6 +22,7 @@ from torch import Tensor
 from esper.config.base import ConfigError, explain
 from esper.config.run import Execution, Plugin, RunConfig
 from esper.controller.base import GrowthEvent
+from esper.environment import device_name, versions
 from esper.registry import Registry, UnknownNameError
 from esper.seeds.actions import Action, Rollback
 from esper.seeds.lifecycle import Transition
@@ -141,6 +142,10 @@ class Shard(Protocol):
 
     def save(self, folder: str | Path) -> None:
         """Write the model with its lattice."""
+        ...
+
+    def where(self) -> tuple[str, dict[str, str]]:
+        """Name of the device that it computes on, and the versions of the libraries there."""
         ...
 
     def close(self) -> None:
@@ -324,6 +329,10 @@ class KasminaShard:
         """Write the model with its lattice and optimizer, for `esper.load`."""
         trainer = self.trainer
         files.save(folder, trainer.model, trainer.lattice, optimizer=trainer.optimizer)
+
+    def where(self) -> tuple[str, dict[str, str]]:
+        """Name of the device that it computes on, and the versions of the libraries there."""
+        return device_name(self._device), versions()
 
     def close(self) -> None:
         """End the thread that writes checkpoints, when it has written."""

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from esper.evidence.sequential import BETS, e_process, plan_looks
+from esper.evidence.sequential import BETS, Look, e_process, plan_looks
 
 NOISES = {
     "normal": lambda rng, n: rng.normal(size=n),
@@ -64,7 +64,7 @@ def test_a_constant_difference_gains_and_zeros_say_nothing():
 
 
 def test_planned_looks_share_what_a_single_one_would_have():
-    assert plan_looks((), 16) == [(1, 1, 16, 1.0)]
+    assert plan_looks((), 16) == [Look(1, 1, 16, 1.0)]
     looks = plan_looks((12, 20, 30), 30)
     assert [(look.number, look.of, look.pairs) for look in looks] == [
         (1, 3, 12), (2, 3, 20), (3, 3, 30),

@@ -398,6 +398,48 @@ def test_a_look_may_spend_its_share_alone(plant) -> None:
     assert (verdict.look, verdict.pairs) == (2, 16)
 
 
+def test_an_e_process_may_decide_after_any_pair(plant) -> None:
+    noisy = [0.2 + 0.01 * (i % 3) for i in range(16)]
+    sweep = plant({"b": noisy, "a": [0.0] * 16}, margin=0.01, test="e_process")
+    win = sweep.primary()
+    # the first pair only sets the scale, and each bet at most doubles
+    assert (win.verdict, win.test, win.pairs, win.look) == ("WIN", "e_process", 8, 3)
+    assert win.p_value < 0.025 < 1 == win.p_value_lose
+    # what still ran then is not looked at, and no pair of the first ones may be missing
+    early = [r for r in sweep.records if r.pair < 8]
+    assert judge_all(early, sweep.registration)[0] == win
+    assert sweep.without("b-003").primary().verdict == "UNHEALTHY"
+    lose = plant({"b": [-x for x in noisy], "a": [0.0] * 16}, margin=0.01, test="e_process")
+    assert (lose.primary().verdict, lose.primary().pairs) == ("LOSE", 8)
+    alike = plant({"b": [0.001, -0.001] * 8, "a": [0.0] * 16}, margin=0.01, test="e_process")
+    assert (alike.primary().verdict, alike.primary().pairs) == ("EQUIVALENT", 7)
+
+
+def test_an_e_process_reads_the_differences_in_their_order(plant) -> None:
+    """It bets on the size of what came before: other orders give other evidence."""
+    d = [3.0, 0.1, 0.2, 0.1, -0.1, 0.3, 0.1, 0.2]
+    forth, back = (
+        plant({"b": list(v), "a": [0.0] * 8}, margin=1e-6, test="e_process").primary()
+        for v in (d, d[::-1])
+    )
+    assert forth.p_value != back.p_value
+
+
+@pytest.mark.slow
+def test_an_e_process_that_is_looked_at_always_seldom_errs_also_with_collapses(plant) -> None:
+    rng, wins, losses = np.random.default_rng(5), 0, 0
+    for _ in range(600):
+        b, a = (
+            [math.nan if rng.random() < 0.1 else float(x) for x in rng.normal(size=24)]
+            for _ in range(2)
+        )
+        verdict = plant({"b": b, "a": a}, margin=1e-6, test="e_process").primary().verdict
+        wins, losses = wins + (verdict == "WIN"), losses + (verdict == "LOSE")
+    # 600 * 0.025 = 15, and its 99 % binomial band; a LOSE may come from the collapses, too
+    assert wins <= 26
+    assert losses <= 600 * 0.075 + 17
+
+
 def test_a_look_is_unhealthy_where_its_own_pairs_are(plant) -> None:
     sweep = plant({"b": shifted(0.2), "a": SIXTEEN}, looks=(8, 16))
     assert sweep.without("b-009").primary().verdict == "WIN"
