@@ -441,7 +441,8 @@ def _bundles(resources: Resources) -> Callable[[dict[str, Any]], PlacementGroupF
     if resources.gpus_per_trial:
         bundle["GPU"] = resources.gpus_per_trial
     if resources.shards > 1:
-        bundle = {"CPU": 0.001}
+        # a byte, of what every node has: any share of a CPU would be missing to the shards
+        bundle = {"memory": 1}
 
     def of(config: dict[str, Any]) -> PlacementGroupFactory:
         kind = config["kind"]

@@ -133,6 +133,8 @@ def test_a_killed_drivers_trials_go_on_from_their_checkpoints(make_sweep):
     first = {}
 
     def heard(progress):
+        if progress.pid != again.pid:
+            return False
         first.update(
             (n, t.step) for n, t in progress.trials.items() if n in steps - set(first) and t.step
         )

@@ -65,7 +65,8 @@ def board(progress: Progress) -> RenderableType:
     running = {n: t for n, t in progress.trials.items() if t.state == "running"}
     parts: list[RenderableType] = [_head(progress), _arms(progress)]
     if running:
-        table = _table("trial", "interval", "seeds", "parameters", "loss", "GPU", "time")
+        gpu = ["GPU"] if progress.gpus else []
+        table = _table("trial", "interval", "seeds", "parameters", "loss", *gpu, "time")
         table.add_column("where", no_wrap=True)
         for name, t in running.items():
             spent = None if t.started_at is None else (progress.updated_at - t.started_at)
@@ -75,7 +76,7 @@ def board(progress: Progress) -> RenderableType:
                 str(t.active_seeds),
                 "-" if t.parameters is None else f"{t.parameters:,}",
                 "-" if t.train_loss is None else f"{t.train_loss:.4g}",
-                f"{progress.gpus_per_trial:g}",
+                *(f"{progress.gpus_per_trial:g}" for _ in gpu),
                 "-" if spent is None else duration(spent.total_seconds()),
                 t.place or "starting",
             )
