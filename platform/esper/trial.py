@@ -309,7 +309,12 @@ class Trial:
         self.shard.checkpoint(folder, {"trial": content}, wait=wait)
 
     @classmethod
-    def resume(cls, folder: str | Path, shards: Shards = KasminaShard) -> "Trial":
+    def resume(
+        cls,
+        folder: str | Path,
+        shards: Shards = KasminaShard,
+        config: RunConfig | None = None,
+    ) -> "Trial":
         """The trial whose checkpoint the folder holds, rebuilt from the file alone.
 
         The modules named under `plugins` must be importable, as when it was saved.
@@ -317,6 +322,8 @@ class Trial:
         Args:
             folder: The checkpoint.
             shards: Makes what trains, as for a new trial.
+            config: To go on with, in place of the trial's own; another learning rate, growth or
+                options of the controller.
 
         Raises:
             CheckpointError: If the folder holds no trial, is damaged, or does not fit the host
@@ -338,7 +345,7 @@ class Trial:
             k: None if saved[k] is None else TrialRecord.model_validate(saved[k])
             for k in ("followed", "replayed")
         }
-        config = validate(RunConfig, saved["config"], source=str(folder))
+        config = config or validate(RunConfig, saved["config"], source=str(folder))
         trial = cls(config, spec, **records, shards=shards)
         trial._ruled = [FlagsRecord.model_validate(ruled) for ruled in saved.get("flags", ())]
         try:

@@ -53,7 +53,7 @@ def run_ab(config: Path, json_file: Path | None) -> int:
         result = run_sweep(sweep, watcher, command=f"esper ab {config}")
     show(console, sweep, result)
     if json_file is not None:
-        _write_json(json_file, to_json(result))
+        write_result(json_file, to_json(result))
         console.print(f"JSON: {json_file}")
     return 5 if result.verdicts[0].verdict == "UNHEALTHY" else 0
 
@@ -84,7 +84,7 @@ def verify_ab(name: str, config: Path | None, runs: Path, json_file: Path | None
             "records": len(result.records), "findings": list(result.findings),
             "verdicts": [v.model_dump(mode="json") for v in result.verdicts],
         }  # fmt: skip
-        _write_json(json_file, content)
+        write_result(json_file, content)
     return 1 if result.findings else 0
 
 
@@ -157,7 +157,7 @@ def plan_ab(
             "goal": vars(goal), "guardrails": [vars(g) for g in guardrails], "power": power,
             "pairs_to_win": win, "pairs_to_equivalence": same, "outlook": [vars(r) for r in rows],
         }  # fmt: skip
-        _write_json(json_file, content)
+        write_result(json_file, content)
 
 
 def _pairs(number: int | None) -> str:
@@ -176,7 +176,8 @@ def _sound_pilot(name: str, runs: Path) -> "tuple[Sequence[TrialRecord], Registr
     return result.records, result.registration
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_result(path: Path, content: dict[str, Any]) -> None:
+    """Write what `--json` asks for."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -1,8 +1,9 @@
 """What a cluster runs for `esper submit`: look at the place first, then run the esper command.
 
-    python -m esper.cli.job --results FOLDER [--tracking-uri URI] ab|arena|run|baseline CONFIG ...
+    python -m esper.cli.job --results FOLDER [--tracking-uri URI] KIND CONFIG ...
 
-Also the entry point of `configs/kuberay/rayjob.yaml`. Exit codes are those of the command.
+KIND is ab, arena, tune, run or baseline. Also the entry point of `configs/kuberay/rayjob.yaml`.
+Exit codes are those of the command.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--expect", help="sha256 of the code that must run here")
     parser.add_argument("--name", default="job", help="of this job")
     parser.add_argument("--commit", help="of the code, where there is no checkout to ask")
-    parser.add_argument("kind", choices=("ab", "arena", "run", "baseline"))
+    parser.add_argument("kind", choices=("ab", "arena", "tune", "run", "baseline"))
     parser.add_argument("config", type=Path)
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="further options of the command")
     return parser.parse_args(arguments)
@@ -129,11 +130,11 @@ def _command(given: argparse.Namespace, results: Path, uri: str) -> list[str]:
     record = results / "submitted" / f"{given.name}.yaml"
     origin = f"# {given.name}: commit {given.commit}, code {code_hash()}\n"
     content = given.config.read_text(encoding="utf-8")
-    if given.kind in ("ab", "arena"):
+    if given.kind in ("ab", "arena", "tune"):
         content = _placed(content, str(results / "runs"), uri)
     record.write_text(origin + content, encoding="utf-8")
-    if given.kind == "ab":
-        return ["ab", str(record), *given.rest]
+    if given.kind in ("ab", "tune"):
+        return [given.kind, str(record), *given.rest]
     if given.kind == "arena":
         # an arena names its sweeps by paths relative to its own
         config = given.config.with_name(f"{given.config.stem}.{given.name}.yaml")
@@ -164,7 +165,7 @@ def _run_command(given: argparse.Namespace, folder: Path, uri: str) -> list[str]
 
 
 def _placed(text: str, output_dir: str, tracking_uri: str) -> str:
-    """A sweep's or an arena's YAML with other places for its results; the rest word for word."""
+    """A sweep's, arena's or search's YAML with other places for results; the rest word for word."""
     from ruamel.yaml import YAML
 
     yaml = YAML()

@@ -270,6 +270,24 @@ def ui(
 
 @app.command()
 @explained
+def tune(
+    config: Annotated[Path, typer.Argument(help="A search: configs/tune/spirals.yaml.")],
+    search_only: Annotated[
+        bool, typer.Option("--search-only", help="Do not test what was found.")
+    ] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Search for better growth settings at a fixed budget, then test the best in fresh pairs.
+
+    The same command continues an interrupted search or test.
+    """
+    from esper.cli.tune import run_tune
+
+    raise typer.Exit(run_tune(config, search_only, json_file))
+
+
+@app.command()
+@explained
 def status(
     sweep: Annotated[
         str | None,
@@ -314,7 +332,9 @@ LOOPBACK = "http://127.0.0.1:8265"
 @submission.command("run")
 @explained
 def submit_config(
-    config: Annotated[Path, typer.Argument(help="A sweep, an arena, a run or a baseline.")],
+    config: Annotated[
+        Path, typer.Argument(help="A sweep, an arena, a search, a run or a baseline.")
+    ],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(

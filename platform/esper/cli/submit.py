@@ -38,7 +38,7 @@ def submit(
     """Check, upload and start, and follow the log to the end.
 
     Args:
-        config: A sweep, an arena, a run or a baseline.
+        config: A sweep, an arena, a search, a run or a baseline.
         address: Of the cluster's dashboard.
         results: Folder on the cluster that all its nodes see.
         tracking_uri: MLflow's, as seen from the cluster; None: the configuration's.

@@ -16,9 +16,10 @@ from esper.config.base import ConfigError, read_yaml, validate
 from esper.config.baseline import load_baseline_config
 from esper.config.run import RunConfig, load_run
 from esper.config.sweep import load_sweep
+from esper.config.tune import load_tune
 from esper.environment import PACKAGES
 
-Kind = Literal["ab", "arena", "run", "baseline"]
+Kind = Literal["ab", "arena", "tune", "run", "baseline"]
 MIB = 2**20
 MAX_UPLOAD_MIB = 100
 # Ray would leave out what an ignore file names, also what the user asked for
@@ -58,7 +59,7 @@ def read_job(config: Path, also: Sequence[Path]) -> Job:
     """Check a configuration, and find what it needs besides Esper's libraries.
 
     Args:
-        config: A sweep, an arena, a run or a baseline.
+        config: A sweep, an arena, a search, a run or a baseline.
         also: Further files and folders that travel, such as data.
 
     Raises:
@@ -104,6 +105,9 @@ def _read(config: Path) -> tuple[Kind, list[RunConfig], str | None, list[Path]]:
         sweep = load_sweep(config)
         runs = [sweep.run_config(arm) for arm in sweep.arms]
         return "ab", runs, sweep.mlflow.tracking_uri, []
+    if "space" in keys:
+        search = load_tune(config)
+        return "tune", [search.candidate({})], search.mlflow.tracking_uri, []
     if "workload" in keys:
         baseline = load_baseline_config(config)
         grown = baseline.lifecycle.run if baseline.lifecycle else None

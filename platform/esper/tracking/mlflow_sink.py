@@ -224,6 +224,18 @@ class MlflowSink:
         note = verdict_note(verdicts, summaries, run_id, pictures, links, recompute)
         _write_tags(client, run_id, {"verdict": verdicts[0].verdict, NOTE_TAG: note})
 
+    def log_note(self, text: str) -> None:
+        """Put a text on the parent run, in place of a verdict: of a search, which has none.
+
+        Args:
+            text: Markdown.
+
+        Raises:
+            ConnectionError: If the tracking URI cannot be reached any more.
+        """
+        require_reachable(self.tracking_uri)
+        _write_tags(self._client, self.parent_run_id, {"verdict": "none", NOTE_TAG: text})
+
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """Wait for the background and end the parent run.
 

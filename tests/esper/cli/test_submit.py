@@ -376,6 +376,13 @@ def test_a_sweep_travels_with_the_code_its_plugins_and_what_is_asked_for(folder)
     assert (job.kind, job.config, job.uses_gpu) == ("ab", Path("tiny.yaml"), False)
 
 
+def test_a_search_is_told_from_a_sweep():
+    job = read_job(Path("configs/tune/spirals.yaml"), [])
+    assert job.kind == "tune"
+    assert "configs/tune/spirals.yaml" in job.files
+    assert job.tracking_uri == "sqlite:///mlflow.db"
+
+
 def test_an_arena_travels_with_its_sweeps():
     job = read_job(Path("configs/arenas/growth.yaml"), [])
     assert job.kind == "arena"
