@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esper.config.run import RunConfig
+from esper.config.run import RunConfig, build_options
 from esper.controller import CONTROLLERS, Controller, Shield
 from esper.environment import code_hash, machine
 from esper.evidence.records import write_text
 from esper.seeds.report import Report
 from esper.seeds.state import Stage
-from esper.shards.shard import KasminaShard, ShardSpec, build_options
+from esper.shards.shard import KasminaShard, ShardSpec
 
 # channels and hidden units of a seed, seeds of a wave
 C, H, WAVE = 4, 4, 32

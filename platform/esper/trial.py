@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from esper.config.base import ConfigError, validate
-from esper.config.run import RunConfig
+from esper.config.run import RunConfig, build_options
 from esper.controller import CONTROLLERS, Controller, GrowthEvent, Shield
 from esper.controller.base import ControllerOptions, GrowingOptions, memory_of
 from esper.controller.replay import Replay
@@ -28,7 +28,7 @@ from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
 from esper.seeds.state import AWAKE_STAGES, Stage
 from esper.shards.errors import RepeatedFailureError, ReplicasDifferError, ShardLostError
-from esper.shards.shard import KasminaShard, Shards, ShardSpec, build_options, import_plugin
+from esper.shards.shard import KasminaShard, Shards, ShardSpec, import_plugin
 from esper.surgery.checkpoint_folder import (
     CheckpointError,
     CheckpointNotWrittenError,

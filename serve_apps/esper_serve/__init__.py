@@ -1,5 +1,5 @@
-"""The HTTP deployment of Tamiyo, the controller, on Ray Serve; not written yet.
+"""Tamiyo over HTTP: a Ray Serve application that decides on the reports which training sends.
 
-The package exists so that its place in the import order is held. Until it is written, controllers
-decide inside the trial: see `esper.controller`.
+Every decision is a pure function of the request and of the policy's version. What a policy
+remembers of a run travels with the run's requests, so that any replica can answer any of them.
 """

@@ -2,11 +2,22 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
-from esper.config.base import Config, read_yaml, validate
+from esper.config.base import Config, ConfigError, explain, read_yaml, validate
+from esper.registry import Registry, UnknownNameError
+
+M = TypeVar("M", bound=BaseModel)
 
 Execution = Literal["kernels", "vectorised", "loop"]
 
@@ -16,6 +27,22 @@ class Plugin(Config):
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
+
+
+def build_options(registry: Registry[type[M]], plugin: Plugin, path: str) -> M:
+    """The options of a plug-in, checked.
+
+    Raises:
+        ConfigError: With the path of the wrong name or option.
+    """
+    try:
+        kind = registry[plugin.name]
+    except UnknownNameError as error:
+        raise ConfigError(path, (f"{path}.name: {error}",)) from None
+    try:
+        return kind.model_validate(plugin.options)
+    except ValidationError as error:
+        raise ConfigError(path, explain(kind, error, at=f"{path}.options")) from None
 
 
 class SiteConfig(Config):

@@ -5,13 +5,15 @@ from typing import Any
 from esper.controller.base import CONTROLLERS, Controller, ControllerOptions, GrowthEvent
 from esper.controller.heuristic import TamiyoOptions
 from esper.controller.random import RandomOptions
+from esper.controller.remote import RemoteOptions
 from esper.controller.schedule import ScheduleOptions
 from esper.controller.shield import Shield, Veto
 from esper.controller.static import StaticOptions
 
 __all__ = [
     "CONTROLLERS", "Controller", "ControllerOptions", "GrowthEvent", "RandomOptions",
-    "ScheduleOptions", "Shield", "StaticOptions", "Tamiyo", "TamiyoOptions", "Veto",
+    "RemoteOptions", "ScheduleOptions", "Shield", "StaticOptions", "Tamiyo", "TamiyoOptions",
+    "Veto",
 ]  # fmt: skip
 
 

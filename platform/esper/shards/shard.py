@@ -13,17 +13,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
-from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from esper.config.base import ConfigError, explain
-from esper.config.run import Execution, Plugin, RunConfig
+from esper.config.base import ConfigError
+from esper.config.run import Execution, RunConfig, build_options
 from esper.controller.base import GrowthEvent
 from esper.environment import device_name, versions
-from esper.registry import Registry, UnknownNameError
 from esper.seeds.actions import Action, Rollback
 from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
@@ -37,8 +35,6 @@ from esper.training.metrics import Trained, compute
 from esper.training.snapshot import Place
 from esper.training.tasks import TASKS
 from esper.training.trainer import Cost, Trainer
-
-M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -337,22 +333,6 @@ class KasminaShard:
     def close(self) -> None:
         """End the thread that writes checkpoints, when it has written."""
         self._writer.shutdown()
-
-
-def build_options(registry: Registry[type[M]], plugin: Plugin, path: str) -> M:
-    """The options of a plug-in, checked.
-
-    Raises:
-        ConfigError: With the path of the wrong name or option.
-    """
-    try:
-        kind = registry[plugin.name]
-    except UnknownNameError as error:
-        raise ConfigError(path, (f"{path}.name: {error}",)) from None
-    try:
-        return kind.model_validate(plugin.options)
-    except ValidationError as error:
-        raise ConfigError(path, explain(kind, error, at=f"{path}.options")) from None
 
 
 def _attach_all(model: torch.nn.Module, config: RunConfig, seed: int) -> Lattice:

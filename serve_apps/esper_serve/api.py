@@ -1,0 +1,292 @@
+"""The HTTP interface: routes, their documentation, and what errors look like.
+
+A plain FastAPI application that knows nothing of Ray, so that it can be tested, and run, alone.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response, Security
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel, Field, ValidationError
+
+from esper import __version__
+from esper.config.base import Config, explain
+from esper.controller.contract import random_reports
+from esper.controller.wire import (
+    JSON,
+    MSGPACK,
+    DecideRequest,
+    DecideResponse,
+    ReportWire,
+    WireError,
+    pack,
+    unpack,
+)
+from esper_serve.admin_log import AdminLog
+from esper_serve.guard import Asked, Guard, Refusal
+from esper_serve.policies import Policies
+from esper_serve.settings import ServiceSettings
+from esper_serve.tokens import read_tokens
+
+PROBED_S = 1.0
+
+
+class Problem(BaseModel):
+    """What was wrong."""
+
+    status: int
+    message: str
+    problems: tuple[str, ...] = Field(description="One for each wrong field, with its path.")
+
+
+class Failure(BaseModel):
+    """The body of every answer that is not 200."""
+
+    error: Problem
+
+
+class PolicyInfo(Config):
+    """One version of the policy."""
+
+    version: str
+    controller: str
+    options: dict[str, Any]
+    active: bool
+
+
+class ActivateRequest(Config):
+    """Why a version is activated."""
+
+    reason: str = Field(min_length=1, max_length=1000, description="It goes into the record.")
+
+
+def create_app(settings: ServiceSettings) -> FastAPI:
+    """The application, ready to answer.
+
+    Args:
+        settings: Its settings.
+
+    Raises:
+        ConfigError: If a policy or the file of tokens is wrong.
+        sqlalchemy.exc.SQLAlchemyError: If the database cannot be reached.
+    """
+    tokens = read_tokens(settings.tokens_file)
+    admin_log = AdminLog(settings.database_url)
+    policies = Policies(settings, admin_log, dict(os.environ))
+    policies.probe()
+    app = FastAPI(
+        title="Tamiyo", version=__version__, docs_url="/docs", redoc_url=None,
+        summary="Decides where, when and what a growing network grows.",
+    )  # fmt: skip
+    app.state.policies = policies
+    _handle_errors(app)
+    _add_health(app, policies)
+    _add_decide(app, policies)
+    _add_policies(app, settings, policies, admin_log)
+    app.add_middleware(Guard, settings=settings, tokens=tokens, refused=lambda _: None)
+    _describe(app)
+    return app
+
+
+def _asked(request: Request) -> Asked:
+    asked: Asked = request.scope["esper"]
+    return asked
+
+
+Who = Annotated[Asked, Depends(_asked)]
+_BEARER = [Security(HTTPBearer(auto_error=False, description="Made by `esper serve token`."))]
+_CODES = {
+    400: "The body is not what its content type says.",
+    401: "No valid token.",
+    403: "The token's role does not suffice.",
+    404: "There is no such policy.",
+    408: "The body did not arrive before the deadline.",
+    409: "The request id stood for another request.",
+    413: "The body is too long.",
+    415: "The content type is neither JSON nor MessagePack.",
+    422: "A field is wrong, or the policy cannot decide on this report; trying again is no use.",
+    429: "Too many requests.",
+    500: "A fault of the service; its log knows more.",
+    503: "Too busy, or not ready.",
+}
+
+
+def _failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {s: {"model": Failure, "description": _CODES[s]} for s in statuses}
+
+
+_COMMON = (400, 401, 408, 413, 422, 429, 500, 503)
+
+
+def _add_decide(app: FastAPI, policies: Policies) -> None:
+    @app.post(
+        "/v1/decide",
+        response_model=DecideResponse,
+        responses=_failures(*_COMMON, 404, 409, 415),
+        dependencies=_BEARER,
+        openapi_extra={"requestBody": _request_body()},
+        tags=["decisions"],
+    )
+    async def decide(request: Request, who: Who) -> Response:
+        """Decide what a run grows, keeps and culls.
+
+        The answer depends on the report, the memory, the seed and the policy's version alone.
+        Send the answer's `memory` with the run's next report.
+        """
+        kind = request.headers.get("content-type", "")
+        asked = _parsed(DecideRequest, await request.body(), kind)
+        who.require_time()
+        answer = policies.decide(asked, who.token.name, who.deadline_ms)
+        who.require_time()
+        wanted = MSGPACK if MSGPACK in request.headers.get("accept", "") else JSON
+        return Response(pack(answer.model_dump(mode="json"), wanted), media_type=wanted)
+
+
+def _add_policies(
+    app: FastAPI, settings: ServiceSettings, policies: Policies, admin_log: AdminLog
+) -> None:
+    def info(version: str) -> PolicyInfo:
+        return PolicyInfo(
+            version=version,
+            controller=settings.policies[version].name,
+            options=policies.versions[version].model_dump(mode="json"),
+            active=version == policies.active(fresh=True),
+        )
+
+    routes = APIRouter(prefix="/v1", tags=["policies"], dependencies=_BEARER)
+    failures = _failures(401, 408, 413, 422, 429, 500, 503)
+
+    @routes.get("/policy", responses=failures)
+    def policy() -> PolicyInfo:
+        """The active policy."""
+        return info(policies.active(fresh=True))
+
+    @routes.get("/policies", responses=failures)
+    def every_policy() -> list[PolicyInfo]:
+        """All policies of the service."""
+        return [info(version) for version in policies.versions]
+
+    @routes.post("/policies/{version}:activate", responses=_failures(*_COMMON, 403, 404))
+    def activate(
+        version: str, why: Annotated[ActivateRequest, Body(embed=False)], who: Who
+    ) -> PolicyInfo:
+        """Let a version decide from now on, within a second on all replicas; admins only.
+
+        Requests that name a version, and models that a rollout gives another one, are not affected.
+        """
+        who.require_admin()
+        if version not in policies.versions:
+            known = ", ".join(policies.versions)
+            raise Refusal(404, f"the policy must be one of {known}, but got '{version[:200]}'.")
+        admin_log.activate(version, who.token.name, why.reason)
+        return info(version)
+
+    app.include_router(routes)
+
+
+def _add_health(app: FastAPI, policies: Policies) -> None:
+    probed: list[float] = []
+
+    @app.get("/healthz", responses=_failures(503), tags=["operations"])
+    async def healthz() -> dict[str, str]:
+        """Whether decisions are made: makes one, at most once a second."""
+        now = time.monotonic()
+        if not probed or now - probed[-1] > PROBED_S:
+            try:
+                policies.probe()
+            except Refusal as refusal:
+                raise Refusal(503, refusal.message) from None
+            probed[:] = [now]
+        return {"status": "ok", "policy": policies.active()}
+
+    @app.get("/readyz", responses=_failures(503), tags=["operations"])
+    def readyz() -> dict[str, str]:
+        """Whether requests may come: the policies are built and the database answers."""
+        try:
+            return {"status": "ready", "policy": policies.active(fresh=True)}
+        except Exception as error:
+            raise Refusal(503, f"the database must answer, but: {type(error).__name__}") from None
+
+
+def _parsed(model: type[DecideRequest], body: bytes, content_type: str) -> DecideRequest:
+    try:
+        content = unpack(body, content_type)
+    except WireError as error:
+        status = 415 if "content type" in str(error) else 400
+        raise Refusal(status, str(error)) from None
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise Refusal(422, "the request's fields must be valid.", explain(model, error)) from None
+
+
+def _handle_errors(app: FastAPI) -> None:
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+
+    def refused(refusal: Refusal) -> Response:
+        return Response(refusal.body(), refusal.status, refusal.headers())
+
+    async def own(_: Request, error: Exception) -> Response:
+        assert isinstance(error, Refusal)
+        return refused(error)
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        problems = tuple(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
+        )
+        return refused(Refusal(422, "the request's fields must be valid.", problems))
+
+    async def http(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        response = refused(Refusal(error.status_code, str(error.detail)))
+        response.headers.update(error.headers or {})
+        return response
+
+    async def unforeseen(_: Request, error: Exception) -> Response:
+        # starlette raises it again for the log; nobody outside sees more than this
+        return refused(Refusal(500, "the service has a fault; its log knows more."))
+
+    app.add_exception_handler(Refusal, own)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unforeseen)
+
+
+def _request_body() -> dict[str, Any]:
+    schema = {"$ref": "#/components/schemas/DecideRequest"}
+    return {
+        "required": True,
+        "content": {
+            JSON: {"schema": schema, "examples": {"two small sites": {"value": example()}}},
+            MSGPACK: {"schema": schema},
+        },
+    }
+
+
+def example() -> dict[str, Any]:
+    """A request that is answered, as plain values."""
+    report = ReportWire.of(next(random_reports(0)))
+    request = DecideRequest(request_id="run-7.interval-1", model="example", report=report)
+    return request.dump(binary=False)
+
+
+def _describe(app: FastAPI) -> None:
+    """Add the models of a body that FastAPI does not parse itself."""
+    make: Callable[[], dict[str, Any]] = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = make()
+            models = DecideRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+            parts = schema["components"]["schemas"]
+            parts |= models.pop("$defs")
+            parts["DecideRequest"] = models
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
