@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 import sqlalchemy as sql
 from pydantic import Field
 
+from esper.append_only import open_database
 from esper.config.base import Config
 
 _META = sql.MetaData()
@@ -56,21 +57,13 @@ class AdminLog:
 
     Args:
         url: SQLAlchemy URL; the table is made if need be.
+
+    Raises:
+        ConfigError: If the database cannot be used.
     """
 
     def __init__(self, url: str) -> None:
-        self._engine = sql.create_engine(url)
-        with self._engine.begin() as connection:
-            if connection.dialect.name == "sqlite":
-                # several replicas may begin at once
-                connection.execute(sql.text("PRAGMA busy_timeout = 5000"))
-            _META.create_all(connection)
-            if connection.dialect.name == "sqlite":
-                for deed in ("update", "delete"):
-                    connection.execute(sql.text(
-                        f"CREATE TRIGGER IF NOT EXISTS tamiyo_admin_no_{deed} BEFORE {deed} ON "
-                        "tamiyo_admin BEGIN SELECT RAISE(ABORT, 'records are never changed'); END"
-                    ))  # fmt: skip
+        self._engine = open_database(url, _META)
 
     def last(self) -> Activation | None:
         """The activation in force; None before the first."""

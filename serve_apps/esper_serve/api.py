@@ -6,20 +6,25 @@ A plain FastAPI application that knows nothing of Ray, so that it can be tested,
 import os
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response, Security
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, Field, ValidationError
+from starlette.concurrency import run_in_threadpool
 
 from esper import __version__
 from esper.config.base import Config, explain
+from esper.controller.adaptations import Candidate, FieldReport
 from esper.controller.contract import random_reports
+from esper.controller.field_reports import FieldReports
 from esper.controller.wire import (
     JSON,
     MSGPACK,
     DecideRequest,
     DecideResponse,
+    FeedbackRequest,
+    FeedbackResponse,
     ReportWire,
     WireError,
     pack,
@@ -32,6 +37,7 @@ from esper_serve.settings import ServiceSettings
 from esper_serve.tokens import read_tokens
 
 PROBED_S = 1.0
+Parsed = TypeVar("Parsed", DecideRequest, FeedbackRequest)
 
 
 class Problem(BaseModel):
@@ -70,8 +76,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         settings: Its settings.
 
     Raises:
-        ConfigError: If a policy or the file of tokens is wrong.
-        sqlalchemy.exc.SQLAlchemyError: If the database cannot be reached.
+        ConfigError: If a policy or the file of tokens is wrong, or the database cannot be used.
     """
     tokens = read_tokens(settings.tokens_file)
     admin_log = AdminLog(settings.database_url)
@@ -85,6 +90,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     _handle_errors(app)
     _add_health(app, policies)
     _add_decide(app, policies)
+    _add_feedback(app, FieldReports(settings.database_url))
     _add_policies(app, settings, policies, admin_log)
     app.add_middleware(Guard, settings=settings, tokens=tokens, refused=lambda _: None)
     _describe(app)
@@ -127,7 +133,7 @@ def _add_decide(app: FastAPI, policies: Policies) -> None:
         response_model=DecideResponse,
         responses=_failures(*_COMMON, 404, 409, 415),
         dependencies=_BEARER,
-        openapi_extra={"requestBody": _request_body()},
+        openapi_extra={"requestBody": _request_body("DecideRequest", example())},
         tags=["decisions"],
     )
     async def decide(request: Request, who: Who) -> Response:
@@ -143,6 +149,28 @@ def _add_decide(app: FastAPI, policies: Policies) -> None:
         who.require_time()
         wanted = MSGPACK if MSGPACK in request.headers.get("accept", "") else JSON
         return Response(pack(answer.model_dump(mode="json"), wanted), media_type=wanted)
+
+
+def _add_feedback(app: FastAPI, field_reports: FieldReports) -> None:
+    @app.post(
+        "/v1/feedback",
+        response_model=FeedbackResponse,
+        responses=_failures(*_COMMON, 415),
+        dependencies=_BEARER,
+        openapi_extra={"requestBody": _request_body("FeedbackRequest", example_feedback())},
+        tags=["decisions"],
+    )
+    async def feedback(request: Request, who: Who) -> FeedbackResponse:
+        """Tell what became of adaptations; policies learn from it.
+
+        A report whose request id was stored before is left as it was.
+        """
+        kind = request.headers.get("content-type", "")
+        told = _parsed(FeedbackRequest, await request.body(), kind)
+        who.require_time()
+        # other requests are answered while the database works
+        stored = await run_in_threadpool(field_reports.append, told.reports)
+        return FeedbackResponse(stored=stored, known=len(told.reports) - stored)
 
 
 def _add_policies(
@@ -211,7 +239,7 @@ def _add_health(app: FastAPI, policies: Policies) -> None:
             raise Refusal(503, f"the database must answer, but: {type(error).__name__}") from None
 
 
-def _parsed(model: type[DecideRequest], body: bytes, content_type: str) -> DecideRequest:
+def _parsed(model: type[Parsed], body: bytes, content_type: str) -> Parsed:
     try:
         content = unpack(body, content_type)
     except WireError as error:
@@ -257,12 +285,12 @@ def _handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unforeseen)
 
 
-def _request_body() -> dict[str, Any]:
-    schema = {"$ref": "#/components/schemas/DecideRequest"}
+def _request_body(model: str, shown: dict[str, Any]) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{model}"}
     return {
         "required": True,
         "content": {
-            JSON: {"schema": schema, "examples": {"two small sites": {"value": example()}}},
+            JSON: {"schema": schema, "examples": {"a small one": {"value": shown}}},
             MSGPACK: {"schema": schema},
         },
     }
@@ -275,6 +303,19 @@ def example() -> dict[str, Any]:
     return request.dump(binary=False)
 
 
+def example_feedback() -> dict[str, Any]:
+    """A field report that is stored, as plain values."""
+    chosen = Candidate(
+        site="fc1", seed=17, blueprint="mlp_relu", graft="linear",
+        features={"grad_energy": 0.31, "cost_frac": 0.004},
+    )  # fmt: skip
+    report = FieldReport(
+        request_id="run-7.3.0.17", model="example", policy="heuristic-1", interval=3, ended=9,
+        chosen=chosen, outcome="kept", before=0.412, after=0.398, gain_se=0.003,
+    )  # fmt: skip
+    return FeedbackRequest(reports=(report,)).model_dump(mode="json")
+
+
 def _describe(app: FastAPI) -> None:
     """Add the models of a body that FastAPI does not parse itself."""
     make: Callable[[], dict[str, Any]] = app.openapi
@@ -282,10 +323,11 @@ def _describe(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = make()
-            models = DecideRequest.model_json_schema(ref_template="#/components/schemas/{model}")
             parts = schema["components"]["schemas"]
-            parts |= models.pop("$defs")
-            parts["DecideRequest"] = models
+            for model in (DecideRequest, FeedbackRequest):
+                form = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                parts |= form.pop("$defs")
+                parts[model.__name__] = form
         assert app.openapi_schema is not None
         return app.openapi_schema
 

@@ -11,6 +11,7 @@ import numpy as np
 from esper.config.base import ConfigError
 from esper.config.run import GrowthConfig, build_options
 from esper.controller import CONTROLLERS, Shield
+from esper.controller.adaptations import draws_of
 from esper.controller.base import ControllerOptions, may_grow, memory_of, remind
 from esper.controller.wire import (
     ActionWire,
@@ -22,6 +23,7 @@ from esper.controller.wire import (
 )
 from esper.release.errors import ReleaseError
 from esper.release.snapshot import Snapshot, snapshot
+from esper.seeds.actions import Germinate
 from esper.seeds.report import Report, SiteReport
 from esper_serve.admin_log import AdminLog
 from esper_serve.guard import Refusal
@@ -145,6 +147,7 @@ class Policies:
                 remind(controller, json.loads(json.dumps(request.memory)))
             shield = Shield(controller)
             actions = shield.decide(report)
+            draws = draws_of(controller)
             memory, grows = memory_of(controller), may_grow(controller, report.interval + 1)
         except WireError as error:
             raise Refusal(422, "the request must be one that can be decided on.",
@@ -160,7 +163,10 @@ class Policies:
             request_id=request.request_id,
             policy=version,
             report_hash=digest,
-            actions=tuple(ActionWire.of(action) for action in actions),
+            actions=tuple(
+                ActionWire.of(a, draws.get((a.site, a.seed)) if isinstance(a, Germinate) else None)
+                for a in actions
+            ),
             vetoes=tuple(f"{v.action}: {v.reason}" for v in shield.vetoes),
             memory=memory,
             may_grow=grows,

@@ -8,6 +8,7 @@ import pytest
 from esper.config.base import ConfigError
 from esper.controller import Tamiyo
 from esper.controller.contract import random_reports
+from esper.controller.field_reports import FieldReports
 from esper.controller.wire import (
     DEADLINE_HEADER,
     MSGPACK,
@@ -18,7 +19,7 @@ from esper.controller.wire import (
     unpack,
 )
 from esper_serve.admin_log import AdminLog, AdminLogError
-from esper_serve.api import create_app, example
+from esper_serve.api import create_app, example, example_feedback
 
 
 def ask(report, request_id="r-1", **more):
@@ -232,3 +233,19 @@ def test_the_answer_to_a_fault_holds_no_trace(service):
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert json.loads(answer.text)["error"]["status"] == 500
+
+
+def test_feedback_is_stored_once(service):
+    body = example_feedback()
+    told = service.post("/v1/feedback", body)
+    assert told.json() == {"stored": 1, "known": 0}
+    assert service.post("/v1/feedback", body).json() == {"stored": 0, "known": 1}
+    (stored,) = FieldReports(service.settings.database_url).read()
+    assert stored.model_dump(mode="json") == body["reports"][0]
+    body["reports"][0]["ended"] = 0
+    refused = service.post("/v1/feedback", body)
+    assert refused.status_code == 422
+    assert refused.json()["error"]["problems"] == [
+        "reports.0.ended must be greater than or equal to 1, but got 0."
+    ]
+    assert service.http.post("/v1/feedback", json=body).status_code == 401

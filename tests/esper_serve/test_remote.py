@@ -17,6 +17,7 @@ from esper.config.base import ConfigError, validate
 from esper.config.run import RunConfig
 from esper.controller import Shield, TamiyoOptions
 from esper.controller.contract import ControllerContract, random_reports
+from esper.controller.field_reports import FieldReports
 from esper.controller.remote import TOKEN_VARIABLE, RemoteOptions
 from esper.environment import fingerprint
 from esper.evidence.records import Fingerprint
@@ -216,8 +217,8 @@ def at_once(status, content):
         (429, b"{}", 1, "429"),
         (302, b"", 1, "302"),
         (422, b'{"error": {"message": "bad.", "problems": ["a: b"]}}', 1, "422: bad. a: b"),
-        (200, b"[]", 1, "must be a decision"),
-        (200, b"\x00", 1, "must be a decision"),
+        (200, b"[]", 1, "must be a DecideResponse"),
+        (200, b"\x00", 1, "must be a DecideResponse"),
         (200, json.dumps({
             "request_id": "another", "policy": "p", "report_hash": "0", "actions": [],
             "vetoes": [], "memory": {}, "may_grow": True, "deadline_ms": None,
@@ -262,9 +263,9 @@ CONFIG = {
 EAGER = {"patience_intervals": 1, "seeds_per_wave": 8}
 
 
-def trial_with(controller):
+def trial_with(controller, **more):
     mark = Fingerprint(**fingerprint("cpu"))
-    config = validate(RunConfig, {**CONFIG, "controller": controller}, source="test")
+    config = validate(RunConfig, {**CONFIG, **more, "controller": controller}, source="test")
     return Trial(config, TrialSpec("arm", 0, 0, 0, "none", mark))
 
 
@@ -327,3 +328,55 @@ def test_without_a_token_nothing_starts(server, monkeypatch, tmp_path):
     (tmp_path / "token").write_text("two words")
     with pytest.raises(ConfigError, match="must hold the service's token"):
         options(server, token_file=tmp_path / "token").build(0)
+
+
+def test_what_became_of_adaptations_reaches_the_service_even_after_an_outage(server, outage):
+    table = FieldReports(server.service.settings.database_url)
+    before = len(table.read())
+    given = options(server, model="reporter").model_dump(mode="json", exclude_none=True)
+    train = {**CONFIG["train"], "steps": 480}
+    trial = trial_with({"name": "remote", "options": given}, train=train)
+    remote = trial.controller._controller
+    # decisions go on while reports wait
+    remote._mute_until = float("inf")
+    for _ in range(6):
+        trial.run_for(0)
+    with outage():
+        trial.run_for(0)
+    while not remote._outbox:
+        trial.run_for(0)
+    waiting = len(remote._outbox)
+    remote._mute_until = 0
+    while not trial.done:
+        trial.run_for(60)
+    assert waiting
+    assert remote._outbox == {}
+    told = [r for r in table.read()[before:] if r.model == "reporter"]
+    assert len({r.request_id for r in told}) == len(told) >= waiting
+    assert {r.policy for r in told} <= {"eager-1", "local"}
+
+
+def test_feedback_that_fails_rests_and_costs_no_deadline_each_interval(server):
+    app, service = [], server.service.app
+
+    async def without_feedback(scope, receive, send):
+        import asyncio
+
+        if scope["type"] == "http" and scope["path"] == "/v1/feedback":
+            app.append(1)
+            await asyncio.sleep(3)
+        await service(scope, receive, send)
+
+    server.stop()
+    server.start(without_feedback)
+    try:
+        trial = remote_trial(server, deadline_s=0.2, rest_s=20)
+        while not trial.done:
+            trial.run_for(60)
+    finally:
+        server.stop()
+        server.start()
+    remote = trial.controller._controller
+    assert len(app) == 1
+    assert remote._outbox
+    assert remote.counts["local"] == 0

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from esper.controller.adaptations import ReportedOptions
 from esper.controller.base import CONTROLLERS, Controller, ControllerOptions, GrowthEvent
 from esper.controller.heuristic import TamiyoOptions
 from esper.controller.random import RandomOptions
@@ -12,8 +13,8 @@ from esper.controller.static import StaticOptions
 
 __all__ = [
     "CONTROLLERS", "Controller", "ControllerOptions", "GrowthEvent", "RandomOptions",
-    "RemoteOptions", "ScheduleOptions", "Shield", "StaticOptions", "Tamiyo", "TamiyoOptions",
-    "Veto",
+    "RemoteOptions", "ReportedOptions", "ScheduleOptions", "Shield", "StaticOptions", "Tamiyo",
+    "TamiyoOptions", "Veto",
 ]  # fmt: skip
 
 

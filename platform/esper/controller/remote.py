@@ -7,14 +7,17 @@ every report, so that it can decide at any moment; what it decides is used in an
 A decision is applied at most once, whatever the network does: the service changes nothing, a retry
 bears the id of the request, and an answer that is not for this report is refused. Every action's
 reason says who decided, and `sources` keeps where each change of the source happened and why.
+
+What became of the adaptations goes to the service, too, when it answers; reports wait until then.
 """
 
 import logging
 import os
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import urllib3
 from pydantic import (
@@ -29,6 +32,7 @@ from pydantic import (
 
 from esper.config.base import ConfigError
 from esper.config.run import Plugin, build_options
+from esper.controller.adaptations import Adaptations, Draw, FieldReport, draws_of
 from esper.controller.base import (
     CONTROLLERS,
     Controller,
@@ -43,6 +47,8 @@ from esper.controller.wire import (
     MSGPACK,
     DecideRequest,
     DecideResponse,
+    FeedbackRequest,
+    FeedbackResponse,
     ReportWire,
     WireError,
     pack,
@@ -57,6 +63,10 @@ _log = logging.getLogger(__name__)
 TOKEN_VARIABLE = "ESPER_TAMIYO_TOKEN"
 # of the time that an outage lasts, what it may cost
 MAX_OUTAGE_FRAC = 0.01
+# within the service's limit for a body even if each was drawn from 64 candidates
+REPORTS_A_REQUEST = 32
+
+AnyAnswer = TypeVar("AnyAnswer", DecideResponse, FeedbackResponse)
 
 
 class RemoteError(RuntimeError):
@@ -82,7 +92,7 @@ class Client:
 
     def __init__(self, options: "RemoteOptions") -> None:
         self._options = options
-        self._url = options.url.rstrip("/") + "/v1/decide"
+        self._url = options.url.rstrip("/")
         self._headers = {
             "authorization": f"Bearer {options.token()}", "content-type": MSGPACK,
             "accept": MSGPACK,
@@ -95,36 +105,50 @@ class Client:
         Raises:
             RemoteError: If no answer came in time, or none to this request.
         """
-        ends = time.monotonic() + self._options.deadline_s
-        body = pack(request.dump(binary=True), MSGPACK)
-        for tries_left in range(self._options.retries, -1, -1):
-            try:
-                return self._tried(request, body, ends)
-            except RemoteError as error:
-                if not (error.may_pass and tries_left and time.monotonic() < ends):
-                    raise
-        raise AssertionError("the last try returns or raises")
-
-    def _tried(self, request: DecideRequest, body: bytes, ends: float) -> DecideResponse:
-        status, content, kind = self._posted(body, ends)
-        if status != 200:
-            raise RemoteError(
-                f"the service answered {status}: {_message(content)}", may_pass=status >= 500
-            )
-        try:
-            answer = DecideResponse.model_validate(unpack(content, kind))
-        except (WireError, ValidationError) as error:
-            raise RemoteError(f"the answer must be a decision, but: {str(error)[:300]}") from None
+        answer = self._answer("/v1/decide", request.dump(binary=True), DecideResponse)
         digest = report_hash(request.report, request.memory, request.seed)
         if (answer.request_id, answer.report_hash) != (request.request_id, digest):
             raise RemoteError("the answer must be to this report, but is to another.")
         return answer
 
-    def _posted(self, body: bytes, ends: float) -> tuple[int, bytes, str]:
+    def feed_back(self, reports: Sequence[FieldReport]) -> None:
+        """Tell what became of adaptations; the service keeps each once, however often it is told.
+
+        Raises:
+            RemoteError: If no answer came in time, or they were refused.
+        """
+        request = FeedbackRequest(reports=tuple(reports))
+        self._answer("/v1/feedback", request.model_dump(mode="json"), FeedbackResponse)
+
+    def _answer(self, path: str, request: dict[str, Any], kind: type[AnyAnswer]) -> AnyAnswer:
+        ends = time.monotonic() + self._options.deadline_s
+        body = pack(request, MSGPACK)
+        for tries_left in range(self._options.retries, -1, -1):
+            try:
+                return self._tried(path, body, kind, ends)
+            except RemoteError as error:
+                if not (error.may_pass and tries_left and time.monotonic() < ends):
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    def _tried(self, path: str, body: bytes, kind: type[AnyAnswer], ends: float) -> AnyAnswer:
+        status, content, content_type = self._posted(path, body, ends)
+        if status != 200:
+            raise RemoteError(
+                f"the service answered {status}: {_message(content)}", may_pass=status >= 500
+            )
+        try:
+            return kind.model_validate(unpack(content, content_type))
+        except (WireError, ValidationError) as error:
+            raise RemoteError(
+                f"the answer must be a {kind.__name__}, but: {str(error)[:300]}"
+            ) from None
+
+    def _posted(self, path: str, body: bytes, ends: float) -> tuple[int, bytes, str]:
         left = ends - time.monotonic()
         try:
             response = self._pool.request(
-                "POST", self._url, body=body, preload_content=False, redirect=False,
+                "POST", self._url + path, body=body, preload_content=False, redirect=False,
                 headers={**self._headers, DEADLINE_HEADER: str(max(1, int(1000 * left)))},
                 timeout=urllib3.Timeout(total=max(left, 0.001)),
             )  # fmt: skip
@@ -165,6 +189,10 @@ class RemoteController:
         self._asked = 0
         self._failures = 0
         self._shut_until = 0.0
+        self._adaptations = Adaptations(options.model)
+        # field reports by request id, until the service has them
+        self._outbox: dict[str, FieldReport] = {}
+        self._mute_until = 0.0
         self.sources: list[dict[str, Any]] = []
         self.counts = {"remote": 0, "local": 0}
 
@@ -176,10 +204,39 @@ class RemoteController:
             actions = [action.unpack() for action in answer.actions]
         except (RemoteError, WireError) as error:
             self._note(report.interval, "local", str(error))
+            self._observe(report, own, "local", draws_of(self._local))
             return [_told(action, "local") for action in own]
         self._memory, self._may_grow = answer.memory, answer.may_grow
         self._note(report.interval, "remote", answer.policy)
+        draws = {
+            (action.site, action.seed): wire.draw
+            for action, wire in zip(actions, answer.actions, strict=True)
+            if wire.draw is not None
+        }
+        self._observe(report, actions, answer.policy, draws)
+        self._deliver()
         return [_told(action, answer.policy) for action in actions]
+
+    def _observe(
+        self, report: Report, actions: list[Action], policy: str,
+        draws: dict[tuple[str, int], Draw],
+    ) -> None:  # fmt: skip
+        ended = self._adaptations.observe(report, actions, policy, draws)
+        self._outbox |= {field_report.request_id: field_report for field_report in ended}
+
+    def _deliver(self) -> None:
+        """Send what waits; after a failure nothing is sent for a while."""
+        if not self._outbox or time.monotonic() < self._mute_until:
+            return
+        batch = [*self._outbox.values()][:REPORTS_A_REQUEST]
+        try:
+            self._client.feed_back(batch)
+        except RemoteError as error:
+            self._mute_until = time.monotonic() + self._options.rest_s
+            _log.warning("%d field reports wait: %s", len(self._outbox), error)
+            return
+        for sent in batch:
+            del self._outbox[sent.request_id]
 
     def _answered(self, report: Report) -> DecideResponse:
         if time.monotonic() < self._shut_until:
@@ -215,19 +272,25 @@ class RemoteController:
         return may_grow(self._local, interval)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the policy remembers, there and here, and who decided when."""
+        """What the policy remembers, there and here, who decided when, and what waits."""
         return {
             "memory": self._memory,
             "may_grow": self._may_grow,
             "local": memory_of(self._local),
             "sources": [dict(change) for change in self.sources],
             "counts": dict(self.counts),
+            "adaptations": self._adaptations.state_dict(),
+            "outbox": [r.model_dump(mode="json") for r in self._outbox.values()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Remember what `state_dict` returned."""
         self._memory, self._may_grow = state["memory"], state["may_grow"]
         remind(self._local, state["local"])
+        self._adaptations.load_state_dict(state["adaptations"])
+        # what was found out since then stays; what was sent since then is known there
+        then = [FieldReport.model_validate(r) for r in state["outbox"]]
+        self._outbox = {r.request_id: r for r in then} | self._outbox
         # a run that goes back does not undo who decided what it goes back from
         if sum(self.counts.values()) <= sum(state["counts"].values()):
             self.sources = [dict(change) for change in state["sources"]]

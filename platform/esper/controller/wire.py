@@ -31,6 +31,7 @@ from pydantic import (
 
 from esper.config.base import Config
 from esper.config.run import GrowthConfig
+from esper.controller.adaptations import Draw, FieldReport
 from esper.registry import Registry, UnknownNameError
 from esper.seeds.actions import Action
 from esper.seeds.blueprints import BLUEPRINTS
@@ -237,11 +238,14 @@ class ActionWire(Config):
 
     action: Literal["Germinate", "Promote", "Advance", "Cull", "Cancel", "Rollback"]
     fields: dict[str, str | int]
+    draw: Draw | None = Field(
+        None, description="How a germination was drawn, for the field report; null: it was not."
+    )
 
     @classmethod
-    def of(cls, action: Action) -> Self:
-        """The wire form of an action."""
-        return cls(**pack_action(action))
+    def of(cls, action: Action, draw: Draw | None) -> Self:
+        """The wire form of an action, and of how it was drawn."""
+        return cls(**pack_action(action), draw=draw)
 
     def unpack(self) -> Action:
         """The action again.
@@ -250,7 +254,7 @@ class ActionWire(Config):
             WireError: If its fields are not those of its class.
         """
         try:
-            return unpack_action(self.model_dump())
+            return unpack_action(self.model_dump(exclude={"draw"}))
         except TypeError:
             raise WireError(f"{self.action} must have its fields, but got {self.fields}.") from None
 
@@ -269,6 +273,19 @@ class DecideResponse(Config):
         "nothing need be measured for it."
     )
     deadline_ms: int | None = Field(description=f"The request's {DEADLINE_HEADER}; null: none.")
+
+
+class FeedbackRequest(Config):
+    """What became of adaptations."""
+
+    reports: tuple[FieldReport, ...] = Field(max_length=256)
+
+
+class FeedbackResponse(Config):
+    """What was done with them."""
+
+    stored: NonNegativeInt = Field(description="Reports that are stored now.")
+    known: NonNegativeInt = Field(description="Reports whose request id was stored before.")
 
 
 def report_hash(report: ReportWire, memory: Mapping[str, Any] | None, seed: int) -> str:

@@ -192,7 +192,7 @@ def test_actions_travel():
         Germinate("a", 1, "glu", "cosine", "why"), Promote("a", 2, "why"), Advance("a", 3),
         Cull("a", 4, "why"), Cancel("a", 5), Rollback("a", 6, "why"),
     ):  # fmt: skip
-        wire = ActionWire.model_validate_json(ActionWire.of(action).model_dump_json())
+        wire = ActionWire.model_validate_json(ActionWire.of(action, None).model_dump_json())
         assert wire.unpack() == action
     with pytest.raises(WireError, match="Cull must have its fields"):
         ActionWire(action="Cull", fields={"nowhere": 1}).unpack()
