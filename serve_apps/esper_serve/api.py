@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response, Security
-from fastapi.security import HTTPBearer
+from fastapi import APIRouter, Body, FastAPI, Request, Response
 from pydantic import BaseModel, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
@@ -31,7 +30,7 @@ from esper.controller.wire import (
     unpack,
 )
 from esper_serve.admin_log import AdminLog
-from esper_serve.guard import Asked, Guard, Refusal
+from esper_serve.guard import OPEN, Asked, Guard, Refusal
 from esper_serve.policies import Policies
 from esper_serve.settings import ServiceSettings
 from esper_serve.tokens import read_tokens
@@ -97,13 +96,11 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     return app
 
 
-def _asked(request: Request) -> Asked:
+def _who(request: Request) -> Asked:
     asked: Asked = request.scope["esper"]
     return asked
 
 
-Who = Annotated[Asked, Depends(_asked)]
-_BEARER = [Security(HTTPBearer(auto_error=False, description="Made by `esper serve token`."))]
 _CODES = {
     400: "The body is not what its content type says.",
     401: "No valid token.",
@@ -132,17 +129,16 @@ def _add_decide(app: FastAPI, policies: Policies) -> None:
         "/v1/decide",
         response_model=DecideResponse,
         responses=_failures(*_COMMON, 404, 409, 415),
-        dependencies=_BEARER,
         openapi_extra={"requestBody": _request_body("DecideRequest", example())},
         tags=["decisions"],
     )
-    async def decide(request: Request, who: Who) -> Response:
+    async def decide(request: Request) -> Response:
         """Decide what a run grows, keeps and culls.
 
         The answer depends on the report, the memory, the seed and the policy's version alone.
         Send the answer's `memory` with the run's next report.
         """
-        kind = request.headers.get("content-type", "")
+        who, kind = _who(request), request.headers.get("content-type", "")
         asked = _parsed(DecideRequest, await request.body(), kind)
         who.require_time()
         answer = policies.decide(asked, who.token.name, who.deadline_ms)
@@ -156,16 +152,15 @@ def _add_feedback(app: FastAPI, field_reports: FieldReports) -> None:
         "/v1/feedback",
         response_model=FeedbackResponse,
         responses=_failures(*_COMMON, 415),
-        dependencies=_BEARER,
         openapi_extra={"requestBody": _request_body("FeedbackRequest", example_feedback())},
         tags=["decisions"],
     )
-    async def feedback(request: Request, who: Who) -> FeedbackResponse:
+    async def feedback(request: Request) -> FeedbackResponse:
         """Tell what became of adaptations; policies learn from it.
 
         A report whose request id was stored before is left as it was.
         """
-        kind = request.headers.get("content-type", "")
+        who, kind = _who(request), request.headers.get("content-type", "")
         told = _parsed(FeedbackRequest, await request.body(), kind)
         who.require_time()
         # other requests are answered while the database works
@@ -184,7 +179,7 @@ def _add_policies(
             active=version == policies.active(fresh=True),
         )
 
-    routes = APIRouter(prefix="/v1", tags=["policies"], dependencies=_BEARER)
+    routes = APIRouter(prefix="/v1", tags=["policies"])
     failures = _failures(401, 408, 413, 422, 429, 500, 503)
 
     @routes.get("/policy", responses=failures)
@@ -199,12 +194,13 @@ def _add_policies(
 
     @routes.post("/policies/{version}:activate", responses=_failures(*_COMMON, 403, 404))
     def activate(
-        version: str, why: Annotated[ActivateRequest, Body(embed=False)], who: Who
+        version: str, why: Annotated[ActivateRequest, Body(embed=False)], request: Request
     ) -> PolicyInfo:
         """Let a version decide from now on, within a second on all replicas; admins only.
 
         Requests that name a version, and models that a rollout gives another one, are not affected.
         """
+        who = _who(request)
         who.require_admin()
         if version not in policies.versions:
             known = ", ".join(policies.versions)
@@ -317,7 +313,7 @@ def example_feedback() -> dict[str, Any]:
 
 
 def _describe(app: FastAPI) -> None:
-    """Add the models of a body that FastAPI does not parse itself."""
+    """Add what FastAPI does not see: bodies that are parsed here, and the guard's tokens."""
     make: Callable[[], dict[str, Any]] = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -328,6 +324,12 @@ def _describe(app: FastAPI) -> None:
                 form = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 parts |= form.pop("$defs")
                 parts[model.__name__] = form
+            schema["components"]["securitySchemes"] = {"bearer": {
+                "type": "http", "scheme": "bearer", "description": "Made by `esper serve token`.",
+            }}  # fmt: skip
+            for path, deeds in schema["paths"].items():
+                for deed in () if path in OPEN else deeds.values():
+                    deed["security"] = [{"bearer": []}]
         assert app.openapi_schema is not None
         return app.openapi_schema
 

@@ -159,7 +159,8 @@ class Policies:
                 422, f"the report and memory must be such that '{version}' can decide, but: "
                 f"{type(error).__name__}: {str(error)[:500]}",
             ) from None  # fmt: skip
-        return DecideResponse(
+        # our own, and checked again by whoever gets it
+        return DecideResponse.model_construct(
             request_id=request.request_id,
             policy=version,
             report_hash=digest,

@@ -401,6 +401,50 @@ def stop_submitted(job: JobName, address: Address = LOOPBACK) -> None:
     raise typer.Exit(stop(address, job))
 
 
+serve = typer.Typer(
+    cls=_ConfigFirst, no_args_is_help=True, subcommand_metavar="CONFIG | COMMAND [ARGS]...",
+    help="Tamiyo over HTTP: [bold]esper serve CONFIG[/] runs the service on this machine.",
+)  # fmt: skip
+app.add_typer(serve, name="serve")
+
+
+@serve.command("run")
+@explained
+def run_serve(
+    config: Annotated[
+        Path, typer.Argument(help="Ray Serve's configuration: configs/serve/tamiyo.yaml.")
+    ],
+    check: Annotated[
+        bool, typer.Option("--check", help="Check everything, start nothing.")
+    ] = False,
+) -> None:
+    """Run the service until Ctrl-C; its name may be left out.
+
+    Before anything starts, the settings, policies, tokens, database and port are looked at. On a
+    running Ray cluster use [bold]serve deploy CONFIG[/].
+    """
+    from esper.cli.serve import serve
+
+    serve(config, check_only=check)
+
+
+@serve.command("token")
+@explained
+def token_serve(
+    name: Annotated[str, typer.Argument(help="Who will have it.")],
+    role: Annotated[
+        str, typer.Option(metavar="[client|admin]", help="Ask for decisions, or activate policies.")
+    ] = "client",
+    home: Annotated[
+        Path, typer.Option(help="Folder `home` of the service's settings.", file_okay=False)
+    ] = Path("~/.esper/serve"),
+) -> None:
+    """Make a token, and print it once; only its hash is kept."""
+    from esper.cli.serve import make_token
+
+    make_token(name, role, home)
+
+
 flags = typer.Typer(no_args_is_help=True, help="Feature flags: who gets a new implementation.")
 app.add_typer(flags, name="flags")
 

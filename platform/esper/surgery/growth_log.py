@@ -1,6 +1,5 @@
 """The growth log as JSON: names in place of ids, so that another process reads it alike."""
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,7 +48,7 @@ def unpack_log(lines: Iterable[dict[str, Any]]) -> list[Transition]:
 
 def pack_action(action: Action) -> dict[str, Any]:
     """Its kind and its fields."""
-    return {"action": type(action).__name__, "fields": dataclasses.asdict(action)}
+    return {"action": type(action).__name__, "fields": dict(vars(action))}
 
 
 def unpack_action(line: dict[str, Any]) -> Action:
