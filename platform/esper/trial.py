@@ -171,16 +171,24 @@ class Trial:
 
     def _read_flags(self) -> FlagsRecord | None:
         """The flags for one interval, in force for the controller; None if the run names none."""
-        if self.config.flags is None:
+        config, flags = self.config, self.config.flags
+        if flags is None:
             return None
         # only a run that names flags needs what they are read with
         from esper.release.choice import read_choice
 
-        config = self.config
-        found = read_choice(self.config.flags, config.device, config.execution, os.environ)
+        found = read_choice(flags, config.device, config.execution, os.environ)
         self.controller.closed = None if found.grows else (
-            f"the flag kasmina.lifecycle is off for '{self.config.flags.model}'"
+            f"the flag kasmina.lifecycle is off for '{flags.model}'"
         )  # fmt: skip
+        if found.policies is not None:
+            heeded = self.controller.switch(frozenset(found.policies))
+            if unheeded := sorted(set(found.policies) - heeded):
+                raise ConfigError(str(flags.file), (
+                    f"{unheeded[0]} must be off for '{flags.model}', because the run's "
+                    f"controller '{config.controller.name}' does not heed it, but is on; choose "
+                    f"another controller, or `esper flags set {unheeded[0]} --percent 0`.",
+                ))  # fmt: skip
         return found
 
     def _interval(self) -> None:

@@ -140,7 +140,7 @@ def test_a_file_that_becomes_unreadable_stops_the_run_until_it_is_repaired(flags
 
 
 @pytest.mark.parametrize("name", ["tamiyo.remote", "tamiyo.learned"])
-def test_what_is_not_built_is_refused(flags, name):
+def test_a_flag_that_the_controller_does_not_heed_is_refused(flags, name):
     for needed in ("kasmina.parallel", "kasmina.lifecycle", name):
         turn(flags, needed, True)
     with pytest.raises(ConfigError, match=f"{name} must be off for 'm'"):

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,10 @@ from esper.controller.field_reports import FieldReports
 from esper.controller.remote import TOKEN_VARIABLE, RemoteOptions
 from esper.environment import fingerprint
 from esper.evidence.records import Fingerprint
+from esper.release.change import change_flag
 from esper.trial import Trial, TrialSpec
+
+ROOT = Path(__file__).parents[2]
 
 
 class Server:
@@ -380,3 +384,26 @@ def test_feedback_that_fails_rests_and_costs_no_deadline_each_interval(server):
     assert len(app) == 1
     assert remote._outbox
     assert remote.counts["local"] == 0
+
+
+def test_with_its_flag_off_the_service_is_not_asked(server, tmp_path):
+    flags = tmp_path / "flags.yaml"
+    flags.write_text((ROOT / "configs/flags.yaml").read_text())
+
+    def turn(name, on):
+        change_flag(flags, name, {"rollout_bp": 10_000 * on}, actor="a", reason="test")
+
+    for name in ("release.snapshots", "kasmina.parallel", "kasmina.lifecycle"):
+        turn(name, True)
+    given = options(server).model_dump(mode="json", exclude_none=True)
+    plugin, named = {"name": "remote", "options": given}, {"file": str(flags), "model": "m"}
+    trial = trial_with(plugin, flags=named)
+    remote = trial.controller._controller
+    trial.run_for(0)
+    assert remote.sources[-1]["cause"] == "the flag tamiyo.remote is off."
+    turn("tamiyo.remote", True)
+    trial.run_for(0)
+    assert remote.counts == {"remote": 1, "local": 1}
+    turn("tamiyo.learned", True)
+    with pytest.raises(ConfigError, match=r"tamiyo\.learned must be off"):
+        trial.run_for(0)

@@ -7,6 +7,7 @@ says, once for each, what was known when it began and what it was worth.
 
 import math
 import uuid
+from collections.abc import Set
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from pydantic import Field, field_validator, model_validator
@@ -21,6 +22,7 @@ from esper.controller.base import (
     may_grow,
     memory_of,
     remind,
+    switch,
 )
 from esper.seeds.actions import Action, Germinate
 from esper.seeds.report import Report, SiteReport
@@ -267,6 +269,10 @@ class ReportedController:
     def may_grow(self, interval: int) -> bool:
         """Whether the other one may germinate then."""
         return may_grow(self._controller, interval)
+
+    def switch(self, on: Set[str]) -> Set[str]:
+        """Tell the other one which flags are on."""
+        return switch(self._controller, on)
 
     def state_dict(self) -> dict[str, Any]:
         """What both remember."""

@@ -1,6 +1,6 @@
 """The controller contract, the registry, and what all growing controllers have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -54,6 +54,24 @@ class Stopping(Protocol):
 def may_grow(controller: Controller, interval: int) -> bool:
     """Whether new seeds must be reckoned with at the end of an interval."""
     return not isinstance(controller, Stopping) or controller.may_grow(interval)
+
+
+@runtime_checkable
+class Switched(Protocol):
+    """What a controller has besides that a feature flag can put back to what was there before."""
+
+    def switch(self, on: Set[str]) -> Set[str]:
+        """Heed the flags that are on until told otherwise.
+
+        Returns:
+            Names of the flags, on or off, that it heeds.
+        """
+        ...
+
+
+def switch(controller: Controller, on: Set[str]) -> Set[str]:
+    """Tell a controller which flags are on; returns those that it heeds."""
+    return controller.switch(on) if isinstance(controller, Switched) else frozenset()
 
 
 class Stateless:

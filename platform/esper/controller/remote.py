@@ -15,7 +15,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -41,6 +41,7 @@ from esper.controller.base import (
     may_grow,
     memory_of,
     remind,
+    switch,
 )
 from esper.controller.wire import (
     DEADLINE_HEADER,
@@ -60,6 +61,7 @@ from esper.seeds.report import Report
 from esper.surgery.growth_log import pack_action, unpack_action
 
 _log = logging.getLogger(__name__)
+FLAG = "tamiyo.remote"
 TOKEN_VARIABLE = "ESPER_TAMIYO_TOKEN"
 # of the time that an outage lasts, what it may cost
 MAX_OUTAGE_FRAC = 0.01
@@ -189,6 +191,7 @@ class RemoteController:
         self._asked = 0
         self._failures = 0
         self._shut_until = 0.0
+        self._off = False
         self._adaptations = Adaptations(options.model)
         # field reports by request id, until the service has them
         self._outbox: dict[str, FieldReport] = {}
@@ -239,6 +242,8 @@ class RemoteController:
             del self._outbox[sent.request_id]
 
     def _answered(self, report: Report) -> DecideResponse:
+        if self._off:
+            raise RemoteError(f"the flag {FLAG} is off.")
         if time.monotonic() < self._shut_until:
             raise RemoteError("the service failed just now and is not asked for a while.")
         self._asked += 1
@@ -270,6 +275,11 @@ class RemoteController:
         if self.sources and self.sources[-1]["source"] == "remote":
             return self._may_grow
         return may_grow(self._local, interval)
+
+    def switch(self, on: Set[str]) -> Set[str]:
+        """Ask the service, or let the local controller decide, as the flag says."""
+        self._off = FLAG not in on
+        return {FLAG} | switch(self._local, on)
 
     def state_dict(self) -> dict[str, Any]:
         """What the policy remembers, there and here, who decided when, and what waits."""

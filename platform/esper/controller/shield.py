@@ -1,9 +1,10 @@
 """The safety shield: lets through what is legal, affordable and earned, and says why not."""
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
-from esper.controller.base import Controller, may_grow, memory_of, passable, remind
+from esper.controller.base import Controller, may_grow, memory_of, passable, remind, switch
 from esper.registry import UnknownNameError
 from esper.seeds import gates
 from esper.seeds.actions import Action, Advance, Cull, Germinate, Rollback
@@ -67,6 +68,10 @@ class Shield:
     def may_grow(self, interval: int) -> bool:
         """Whether the wrapped controller may germinate then."""
         return self.closed is None and may_grow(self._controller, interval)
+
+    def switch(self, on: Set[str]) -> Set[str]:
+        """Tell the wrapped controller which flags are on."""
+        return switch(self._controller, on)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped controller's memory, and everything of its own."""

@@ -39,6 +39,9 @@ class FlagsRecord(Record):
     hash: str = Field(description="Of the snapshot, as `esper flags list` prints it.")
     execution: Execution
     grows: bool = Field(description="Whether new seeds could be woken.")
+    policies: tuple[str, ...] | None = Field(
+        None, description="Flags of controllers that were on; None: the run's settings applied."
+    )
 
 
 class Fingerprint(Record):

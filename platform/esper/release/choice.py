@@ -4,19 +4,18 @@ release.snapshots   off: the flags are read and recorded, but the run's own sett
 kasmina.parallel    off: one seed after another, as the legacy layer does
 kasmina.triton      off: all seeds at once in plain PyTorch; on: by the kernels
 kasmina.lifecycle   off: no new seed is woken; those that live go on under their gates
-tamiyo.remote       on: refused, until there is such a controller
-tamiyo.learned      the same
+tamiyo.remote       off: a remote controller does not ask the service, and its local one decides
+tamiyo.learned      off: a learned controller decides as the heuristic one
 """
 
 from collections.abc import Mapping
 
-from esper.config.base import ConfigError
 from esper.config.run import Execution, FlagsConfig
 from esper.evidence.records import FlagsRecord
 from esper.release.flags import ENVIRONMENT_VARIABLE
 from esper.release.snapshot import Snapshot, snapshot
 
-NOT_BUILT = ("tamiyo.remote", "tamiyo.learned")
+POLICIES = ("tamiyo.remote", "tamiyo.learned")
 
 
 def read_choice(
@@ -34,7 +33,7 @@ def read_choice(
         environ: The process's variables, `os.environ`.
 
     Raises:
-        ConfigError: If the file or a variable is wrong, or something is on that does not exist.
+        ConfigError: If the file or a variable is wrong.
         UnknownFlagError: If the file lacks a flag.
     """
     if config.environment is not None:
@@ -51,13 +50,11 @@ def choose(flags: Snapshot, config: FlagsConfig, device: str, fixed: Execution) 
 
     if not on("release.snapshots"):
         return FlagsRecord(hash=flags.hash, execution=fixed, grows=True)
-    if missing := [name for name in NOT_BUILT if on(name)]:
-        raise ConfigError(str(config.file), (
-            f"{missing[0]} must be off for '{config.model}', because this version has no such "
-            f"controller, but is on; `esper flags set {missing[0]} --percent 0`.",
-        ))  # fmt: skip
     if not on("kasmina.parallel"):
         execution: Execution = "loop"
     else:
         execution = "kernels" if on("kasmina.triton") else "vectorised"
-    return FlagsRecord(hash=flags.hash, execution=execution, grows=on("kasmina.lifecycle"))
+    return FlagsRecord(
+        hash=flags.hash, execution=execution, grows=on("kasmina.lifecycle"),
+        policies=tuple(name for name in POLICIES if on(name)),
+    )  # fmt: skip
