@@ -1,5 +1,6 @@
 """The Serve application: `serve run esper_serve.app:build`, `serve deploy configs/serve/…`."""
 
+import gc
 import os
 from typing import Any
 
@@ -27,6 +28,9 @@ class Replica:
         from esper_serve.api import create_app
 
         self._app = create_app(self._settings)
+        # what lives as long as the replica need not be searched for garbage, which takes 100 ms
+        gc.collect()
+        gc.freeze()
         return self._app
 
     async def check_health(self) -> None:

@@ -23,7 +23,7 @@ LAYERS = (
     # scripts, no package: they import each other by bare name
     "benchmarks",
 )
-MAY_IMPORT_RAY = ("esper.shards", "esper_experiments", "esper_serve")
+MAY_IMPORT_RAY = ("esper.shards", "esper_experiments", "esper_serve", "benchmarks")
 KERNELS_MAY_IMPORT = {"esper_kernels", "torch", "triton", "numpy", *sys.stdlib_module_names}
 
 

@@ -445,6 +445,63 @@ def token_serve(
     make_token(name, role, home)
 
 
+policy = typer.Typer(
+    no_args_is_help=True, help="Policies that learn from field reports where and what to grow."
+)
+app.add_typer(policy, name="policy")
+
+Reports = Annotated[
+    list[str],
+    typer.Option("--reports", help="SQLAlchemy URL of field reports; may be given repeatedly."),
+]
+Explore = Annotated[
+    float, typer.Option("--explore", min=0, max=1, help="The controller's explore_frac.")
+]
+TrackingUri = Annotated[str, typer.Option("--tracking-uri", help="MLflow tracking URI.")]
+
+
+@policy.command("train")
+@explained
+def train(
+    reports: Reports,
+    out: Annotated[Path, typer.Option("--out", help="File of the policy.", dir_okay=False)],
+    explore: Explore = 0.1,
+    register: Annotated[
+        bool, typer.Option("--register", help="Add it to MLflow's registry as the challenger.")
+    ] = False,
+    tracking_uri: TrackingUri = "sqlite:///mlflow.db",
+) -> None:
+    """Learn from field reports, and say what the policy would have gained in their runs."""
+    from esper.cli.policy import train_policy
+
+    train_policy(reports, out, explore, register, tracking_uri)
+
+
+@policy.command("evaluate")
+@explained
+def evaluate(
+    model: Annotated[str, typer.Argument(help="File of a policy, or a models:/ URI.")],
+    reports: Reports,
+    explore: Explore = 0.1,
+) -> None:
+    """Say how well a policy predicts other field reports, and what such policies gain there."""
+    from esper.cli.policy import evaluate_policy
+
+    evaluate_policy(reports, model, explore)
+
+
+@policy.command("promote")
+@explained
+def promote(
+    version: Annotated[int, typer.Argument(min=1, help="Version in MLflow's registry.")],
+    tracking_uri: TrackingUri = "sqlite:///mlflow.db",
+) -> None:
+    """Make a registered policy the champion."""
+    from esper.cli.policy import promote_policy
+
+    promote_policy(version, tracking_uri)
+
+
 flags = typer.Typer(no_args_is_help=True, help="Feature flags: who gets a new implementation.")
 app.add_typer(flags, name="flags")
 

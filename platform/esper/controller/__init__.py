@@ -5,6 +5,7 @@ from typing import Any
 from esper.controller.adaptations import ReportedOptions
 from esper.controller.base import CONTROLLERS, Controller, ControllerOptions, GrowthEvent
 from esper.controller.heuristic import TamiyoOptions
+from esper.controller.learned import LearnedOptions
 from esper.controller.random import RandomOptions
 from esper.controller.remote import RemoteOptions
 from esper.controller.schedule import ScheduleOptions
@@ -12,9 +13,9 @@ from esper.controller.shield import Shield, Veto
 from esper.controller.static import StaticOptions
 
 __all__ = [
-    "CONTROLLERS", "Controller", "ControllerOptions", "GrowthEvent", "RandomOptions",
-    "RemoteOptions", "ReportedOptions", "ScheduleOptions", "Shield", "StaticOptions", "Tamiyo",
-    "TamiyoOptions", "Veto",
+    "CONTROLLERS", "Controller", "ControllerOptions", "GrowthEvent", "LearnedOptions",
+    "RandomOptions", "RemoteOptions", "ReportedOptions", "ScheduleOptions", "Shield",
+    "StaticOptions", "Tamiyo", "TamiyoOptions", "Veto",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Set
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from esper.config.base import Config, ConfigError
@@ -25,7 +26,7 @@ from esper.controller.base import (
     switch,
 )
 from esper.seeds.actions import Action, Germinate
-from esper.seeds.report import Report, SiteReport
+from esper.seeds.report import Floats, Report, SiteReport
 from esper.seeds.state import AWAKE_STAGES, Stage
 
 Outcome = Literal["kept", "culled", "cancelled", "rolled_back"]
@@ -33,7 +34,8 @@ _OUTCOMES: dict[Stage, Outcome] = {
     Stage.FINE_TUNING: "kept", Stage.FOSSILIZED: "kept", Stage.CULLED: "culled",
     Stage.CANCELLED: "cancelled", Stage.ROLLED_BACK: "rolled_back",
 }  # fmt: skip
-_SEED_FEATURES = ("grad_energy", "bottleneck", "variance", "dead_frac")
+_SCORES = ("grad_energy", "bottleneck")
+_SEED_FEATURES = (*_SCORES, "variance", "dead_frac")
 Features = dict[str, float]
 
 
@@ -133,6 +135,7 @@ def features_of(report: Report, site: SiteReport, seed: int, blueprint: str) -> 
     host = max(1, report.host_parameters)
     known: dict[str, float | None] = {
         **{name: float(getattr(site, name)[seed]) for name in _SEED_FEATURES},
+        **{f"{name}_rel": _relative(getattr(site, name), seed) for name in _SCORES},
         "unexplained": float(site.unexplained),
         "is_span": float(site.geometry == "span"),
         "awake_frac": len(site.seeds_in(*AWAKE_STAGES)) / len(site.stage),
@@ -145,6 +148,13 @@ def features_of(report: Report, site: SiteReport, seed: int, blueprint: str) -> 
         "host_drift_frac": report.host_drift_frac,
     }
     return {k: v for k, v in known.items() if v is not None and math.isfinite(v)}
+
+
+def _relative(values: Floats, seed: int) -> float | None:
+    """A value over the mean of those that were measured at the site."""
+    known = values[np.isfinite(values)]
+    mean = float(known.mean(dtype=np.float64)) if len(known) else 0.0
+    return float(values[seed]) / mean if mean > 0 else None
 
 
 class Adaptations:

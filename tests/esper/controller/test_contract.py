@@ -13,6 +13,7 @@ OPTIONS = {
     "random": {"at_intervals": (1, 2, 5, 9), "count": 3, "blueprint": "mlp_relu"},
     "schedule": {"at_intervals": (1, 2, 5, 9), "count": 3, "graft": "cosine"},
     "tamiyo": {"patience_intervals": 1, "seeds_per_wave": 4},
+    "learned": {"patience_intervals": 1, "seeds_per_wave": 4},
     "static": {},
 }
 EVENTS = (GrowthEvent(3, "chunks", 0, "glu"), GrowthEvent(4, "chunks", 1, "low_rank"))
