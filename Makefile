@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-all lint types format clean \
-	safety regress bench-pinned ab-branch gate
+	safety regress bench-pinned ab-branch gate monitoring
 
 # Recipes read these from the environment, so that a value is never read as shell.
 export BASE ?= origin/main
@@ -78,6 +78,12 @@ ab-branch: install ## compare this commit with BASE in 16 pairs of a tiny run; b
 
 gate: install ## judge stored evidence alone: make gate PHASE=0 MEASURED=FILE
 	@$(BIN)/esper gate --phase "$$PHASE" --measured "$$MEASURED"
+
+monitoring: install ## write the Grafana dashboards anew, and say how to point Prometheus and Grafana at them
+	$(BIN)/python -m esper.monitoring.dashboards configs/monitoring/grafana
+	@echo "Prometheus: prometheus --config.file=configs/monitoring/prometheus.yml (its paths are examples)"
+	@echo "Grafana: Dashboards > New > Import > configs/monitoring/grafana/*.json, and choose the Prometheus"
+	@echo "all of it: docs/monitoring.md"
 
 format: install ## format the code and fix what can be fixed safely
 	$(BIN)/ruff check --fix .

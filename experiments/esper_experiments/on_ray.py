@@ -16,7 +16,6 @@ from ray import tune
 from ray.tune import Callback, FailureConfig, PlacementGroupFactory, Stopper
 from ray.tune import RunConfig as TuneRunConfig
 from ray.tune.search import Searcher
-from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from esper.config.base import ConfigError
@@ -24,6 +23,7 @@ from esper.config.sweep import Resources
 from esper.environment import code_hash, device_name
 from esper.evidence.progress import Progress
 from esper.evidence.records import TrialRecord, write_json
+from esper.monitoring.runs import RunMetrics
 from esper.shards.group import groups
 from esper.shards.shard import KasminaShard
 from esper.surgery.checkpoint_folder import CheckpointError, CheckpointNotWrittenError
@@ -31,6 +31,7 @@ from esper.trial import Trial
 from esper_experiments.board import Board
 from esper_experiments.peers import trial_of
 from esper_experiments.plan import Planned, checkpoint_path, read_record, record_path
+from esper_experiments.ray_metrics import RayExporter
 
 # how much of a trial one call from the driver runs: long enough for calls to cost nothing, short
 # enough for the progress display
@@ -60,6 +61,7 @@ class TrialWorker(tune.Trainable):
         self._plan, self._folder = plan, Path(folder)
         self._shards, self._checkpoint_s = resources.shards_config, resources.checkpoint_s
         self._trial: Trial | None = None
+        self._exporter = RayExporter()
         self._start(config["trial"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -80,6 +82,8 @@ class TrialWorker(tune.Trainable):
         self._unwritten = ""
         self._checkpoint = checkpoint_path(self._folder, trial_id)
         self._trial = self._resumed(planned) or self._new(planned)
+        run = f"{self._folder.name} {trial_id}"
+        self._trial.on_interval = RunMetrics(self._exporter, run, self._trial).interval
 
     def _new(self, planned: Planned) -> Trial:
         followed = planned.waits_for and read_record(self._folder, planned.waits_for)
@@ -273,15 +277,7 @@ class _Metrics:
     """The board's facts as metrics of the Ray process, which the cluster's exporter serves."""
 
     def __init__(self, sweep: str) -> None:
-        def gauge(name: str, description: str, *tags: str) -> Gauge:
-            made = Gauge(f"esper_sweep_{name}", description, tag_keys=("sweep", *tags))
-            made.set_default_tags({"sweep": sweep})
-            return made
-
-        self._trials = gauge("trials", "Trials of a sweep, by state.", "state", "arm")
-        self._seeds = gauge("active_seeds", "Seeds that live in the trials that run.")
-        self._gpus = gauge("gpus_in_use", "GPUs that the running trials were given.")
-        self._left = gauge("seconds_left", "Until the sweep ends; -1 while nothing is known.")
+        self._sweep, self._exporter = sweep, RayExporter()
         self._shown = 0.0
 
     def show(self, progress: Progress) -> None:
@@ -293,11 +289,14 @@ class _Metrics:
         for arm in {t.arm for t in progress.trials.values()}:
             counts = progress.counts(arm)
             for state in ("waiting", "running", "finished", "collapsed", "failed"):
-                self._trials.set(counts[state], {"state": state, "arm": arm})
-        self._seeds.set(progress.active_seeds)
-        self._gpus.set(progress.gpus_in_use)
+                self._set("trials", counts[state], state=state, arm=arm)
+        self._set("active_seeds", progress.active_seeds)
+        self._set("gpus_in_use", progress.gpus_in_use)
         left = progress.seconds_left
-        self._left.set(-1.0 if left is None else left)
+        self._set("seconds_left", -1.0 if left is None else left)
+
+    def _set(self, name: str, value: float, **labels: str) -> None:
+        self._exporter.set(f"esper_sweep_{name}", value, sweep=self._sweep, **labels)
 
 
 class _Decided(Stopper):

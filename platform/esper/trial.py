@@ -119,11 +119,15 @@ class Trial:
         self.curves: dict[str, list[float]] = {}
         # what ruled each interval so far
         self._ruled: list[FlagsRecord] = []
+        # actions applied in this process, by kind
+        self.acted = Counter[str]()
         self._losses = LossHistory()
         self._collapse: CollapseError | None = None
         # steps whose loss was no number before, too; None: whoever says so is believed at once
         self.known_collapses: Set[int] | None = None
         self.health = self.shard.health()
+        # called after every interval, for whoever watches
+        self.on_interval: Callable[[Trial], None] = lambda trial: None
 
     @property
     def trainer(self) -> Trainer:
@@ -148,6 +152,16 @@ class Trial:
     def done(self) -> bool:
         """Whether the trial has ended, well or badly."""
         return self._collapse is not None or self.health.step >= self.config.train.steps
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the trial ended because its loss was no number."""
+        return self._collapse is not None
+
+    @property
+    def flags(self) -> FlagsRecord | None:
+        """What the flags chose for the last interval; None if the run names none."""
+        return self._flags
 
     def run_for(self, seconds: float) -> dict[str, float]:
         """Run whole intervals until the time is up or the trial is done.
@@ -240,6 +254,7 @@ class Trial:
             self._go_back(rollbacks)
         else:
             self.shard.apply(actions, note)
+            self.acted.update(type(action).__name__ for action in actions)
 
     def _fail(self, rollbacks: list[Rollback]) -> None:
         """Roll seeds back that the controller did not give up itself."""
@@ -247,6 +262,7 @@ class Trial:
         self.controller.count_failures(len(rollbacks))
 
     def _go_back(self, rollbacks: list[Rollback]) -> None:
+        self.acted[Rollback.__name__] += len(rollbacks)
         note = self.shard.roll_back(rollbacks)
         if note is not None:
             self.controller.go_back(note["controller"])
@@ -274,6 +290,7 @@ class Trial:
             self.curves.setdefault(name, []).append(math.nan if value is None else float(value))
         if self._flags is not None:
             self._ruled.append(self._flags)
+        self.on_interval(self)
 
     def _insertion_health(self, report: Report) -> float | None:
         """Median gradient of seeds grafted at most 100 steps ago over the host's; None if none."""

@@ -5,10 +5,13 @@ A plain FastAPI application that knows nothing of Ray, so that it can be tested,
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Body, FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
@@ -29,6 +32,7 @@ from esper.controller.wire import (
     pack,
     unpack,
 )
+from esper.monitoring.metrics import Exporter, PrometheusExporter
 from esper_serve.admin_log import AdminLog
 from esper_serve.guard import OPEN, Asked, Guard, Refusal
 from esper_serve.policies import Policies
@@ -68,18 +72,20 @@ class ActivateRequest(Config):
     reason: str = Field(min_length=1, max_length=1000, description="It goes into the record.")
 
 
-def create_app(settings: ServiceSettings) -> FastAPI:
+def create_app(settings: ServiceSettings, replica: str = "alone") -> FastAPI:
     """The application, ready to answer.
 
     Args:
         settings: Its settings.
+        replica: Name of this replica, for its metrics.
 
     Raises:
         ConfigError: If a policy or the file of tokens is wrong, or the database cannot be used.
     """
     tokens = read_tokens(settings.tokens_file)
     admin_log = AdminLog(settings.database_url)
-    policies = Policies(settings, admin_log, dict(os.environ))
+    metrics = PrometheusExporter("esper_tamiyo", constant={"replica": replica})
+    policies = Policies(settings, admin_log, dict(os.environ), metrics)
     policies.probe()
     app = FastAPI(
         title="Tamiyo", version=__version__, docs_url="/docs", redoc_url=None,
@@ -88,10 +94,16 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.state.policies = policies
     _handle_errors(app)
     _add_health(app, policies)
+    _add_metrics(app, policies, metrics)
     _add_decide(app, policies)
-    _add_feedback(app, FieldReports(settings.database_url))
+    _add_feedback(app, FieldReports(settings.database_url), metrics)
     _add_policies(app, settings, policies, admin_log)
-    app.add_middleware(Guard, settings=settings, tokens=tokens, refused=lambda _: None)
+    app.add_middleware(
+        Guard, settings=settings, tokens=tokens,
+        answered=lambda route, status: metrics.count(
+            "esper_tamiyo_requests_total", route=route, status=str(status)
+        ),
+    )  # fmt: skip
     _describe(app)
     return app
 
@@ -147,7 +159,7 @@ def _add_decide(app: FastAPI, policies: Policies) -> None:
         return Response(pack(answer.model_dump(mode="json"), wanted), media_type=wanted)
 
 
-def _add_feedback(app: FastAPI, field_reports: FieldReports) -> None:
+def _add_feedback(app: FastAPI, field_reports: FieldReports, metrics: Exporter) -> None:
     @app.post(
         "/v1/feedback",
         response_model=FeedbackResponse,
@@ -165,7 +177,9 @@ def _add_feedback(app: FastAPI, field_reports: FieldReports) -> None:
         who.require_time()
         # other requests are answered while the database works
         stored = await run_in_threadpool(field_reports.append, told.reports)
-        return FeedbackResponse(stored=stored, known=len(told.reports) - stored)
+        for outcome, number in Counter(r.outcome for r in stored).items():
+            metrics.count("esper_tamiyo_field_reports_total", number, outcome=outcome)
+        return FeedbackResponse(stored=len(stored), known=len(told.reports) - len(stored))
 
 
 def _add_policies(
@@ -233,6 +247,17 @@ def _add_health(app: FastAPI, policies: Policies) -> None:
             return {"status": "ready", "policy": policies.active(fresh=True)}
         except Exception as error:
             raise Refusal(503, f"the database must answer, but: {type(error).__name__}") from None
+
+
+def _add_metrics(app: FastAPI, policies: Policies, metrics: PrometheusExporter) -> None:
+    @app.get("/metrics", responses=_failures(401, 429), tags=["operations"])
+    def show_metrics() -> PlainTextResponse:
+        """Metrics of this replica, for Prometheus."""
+        active = policies.active()
+        for version in policies.versions:
+            metrics.set("esper_tamiyo_policy_active", version == active, policy=version)
+        text = generate_latest(metrics.registry).decode()
+        return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
 
 def _parsed(model: type[Parsed], body: bytes, content_type: str) -> Parsed:

@@ -27,7 +27,8 @@ class Replica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         from esper_serve.api import create_app
 
-        self._app = create_app(self._settings)
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._app = create_app(self._settings, replica)
         # what lives as long as the replica need not be searched for garbage, which takes 100 ms
         gc.collect()
         gc.freeze()

@@ -64,7 +64,7 @@ class Guard:
         app: What it stands before.
         settings: The limits.
         tokens: Who may ask.
-        refused: Told the status of every request that is not let through.
+        answered: Told the route (of the schema; 'none' without one) and status of every answer.
     """
 
     def __init__(
@@ -72,25 +72,34 @@ class Guard:
         app: Callable[[Scope, Receive, Send], Awaitable[None]],
         settings: ServiceSettings,
         tokens: tuple[Token, ...],
-        refused: Callable[[int], None],
+        answered: Callable[[str, int], None],
     ) -> None:
-        self._app, self._settings, self._tokens, self._refused = app, settings, tokens, refused
+        self._app, self._settings, self._tokens, self._answered = app, settings, tokens, answered
         self._rate: RateLimitItem = parse(settings.rate_limit)
         self._limiter = MovingWindowRateLimiter(storage_from_string(settings.rate_storage))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer or pass on one request."""
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "none")
+                self._answered(route, message["status"])
+            await send(message)
+
+        if scope["path"] in OPEN:
+            await self._app(scope, receive, counted)
             return
         try:
             scope["esper"] = asked = self._admitted(scope)
             body = await self._body(scope, receive, asked.ends)
         except Refusal as refusal:
-            self._refused(refusal.status)
-            await _answer(send, refusal)
+            await _answer(counted, refusal)
             return
-        await self._app(scope, _replay(body, receive), send)
+        await self._app(scope, _replay(body, receive), counted)
 
     def _admitted(self, scope: Scope) -> "Asked":
         headers = dict(scope["headers"])

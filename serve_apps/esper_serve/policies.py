@@ -21,6 +21,7 @@ from esper.controller.wire import (
     WireError,
     report_hash,
 )
+from esper.monitoring.metrics import Exporter
 from esper.release.errors import ReleaseError
 from esper.release.snapshot import Snapshot, snapshot
 from esper.seeds.actions import Germinate
@@ -42,6 +43,7 @@ class Policies:
         settings: Which versions there are.
         admin_log: Which of them is active.
         environ: The process's variables, for the flags.
+        metrics: Where decisions are counted.
 
     Raises:
         ConfigError: If a version's controller or options do not exist, or a rollout's flags
@@ -50,11 +52,13 @@ class Policies:
     """
 
     def __init__(
-        self, settings: ServiceSettings, admin_log: AdminLog, environ: dict[str, str]
-    ) -> None:
+        self, settings: ServiceSettings, admin_log: AdminLog, environ: dict[str, str],
+        metrics: Exporter,
+    ) -> None:  # fmt: skip
         for module in settings.plugins:
             import_module(module)
         self._settings, self._admin_log, self._environ = settings, admin_log, environ
+        self._metrics = metrics
         self.versions: dict[str, ControllerOptions] = {
             version: build_options(CONTROLLERS, plugin, f"policies.{version}")
             for version, plugin in settings.policies.items()
@@ -130,7 +134,10 @@ class Policies:
                 raise Refusal(409, f"request_id must be new for a new request, but "
                                    f"'{request.request_id}' was used; choose another.")  # fmt: skip
             return known[1].model_copy(update={"deadline_ms": deadline_ms})
+        started = time.perf_counter()
         answer = self._decided(request, version, options, digest, deadline_ms)
+        self._metrics.observe("esper_tamiyo_decision_seconds", time.perf_counter() - started)
+        self._count(answer)
         self._answers[key] = asked, answer
         if len(self._answers) > REMEMBERED:
             self._answers.popitem(last=False)
@@ -173,6 +180,16 @@ class Policies:
             may_grow=grows,
             deadline_ms=deadline_ms,
         )
+
+    def _count(self, answer: DecideResponse) -> None:
+        grown = [a.fields["blueprint"] for a in answer.actions if a.action == "Germinate"]
+        kind, policy = "grow" if grown else "wait", answer.policy
+        self._metrics.count("esper_tamiyo_decisions_total", policy=policy, kind=kind)
+        for blueprint in grown:
+            self._metrics.count(
+                "esper_tamiyo_germinations_total", policy=policy, blueprint=str(blueprint)
+            )
+        self._metrics.count("esper_tamiyo_vetoes_total", len(answer.vetoes), policy=policy)
 
     def probe(self) -> None:
         """Decide once, on a small report, as the active version; for health checks.

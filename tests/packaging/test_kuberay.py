@@ -2,7 +2,7 @@ r"""The manifests for KubeRay fit one another, the tested versions and, if it is
 
 The CRD is a megabyte of somebody else's file. To validate against it:
 
-    for KIND in rayclusters rayjobs; do curl --fail --remote-name \
+    for KIND in rayclusters rayjobs rayservices; do curl --fail --remote-name \
       https://raw.githubusercontent.com/ray-project/kuberay/v1.7.0/ray-operator/config/crd/bases/ray.io_$KIND.yaml
     done
     ESPER_KUBERAY_CRDS=. python -m pytest tests/packaging/test_kuberay.py
@@ -21,14 +21,19 @@ import jsonschema
 import pytest
 import yaml
 from packaging.version import Version
+from ray.serve.schema import ServeDeploySchema
 
 from esper.cli.job import parse
+from esper.config.base import validate
 from esper_experiments.jobs import ENVIRONMENT
 from esper_experiments.sweep import TUNE_ENVIRONMENT
+from esper_serve.launch import ENVIRONMENT as LAUNCH_ENVIRONMENT
+from esper_serve.settings import ServiceSettings
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "kuberay"
 FILES = ("raycluster.yaml", "rayjob.yaml")
+ALL = (*FILES, "rayservice.yaml")
 PINS = dict(
     line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line
 )
@@ -36,6 +41,7 @@ CRDS = os.environ.get("ESPER_KUBERAY_CRDS")
 SHA256 = {
     "rayclusters": "c44704442eef0c6721ad40c1d66782c8bd3fdab9d3344306a5820910a679baa1",
     "rayjobs": "01a5cf3b17c1769fda44af7e82debcd98722f0c27b9ab84d084681c6649121f5",
+    "rayservices": "0a8fc325e6e22b9231c1f282b309555e2ecf94227ca20a03df3d1d9a403907ab",
 }
 
 
@@ -45,7 +51,7 @@ def manifest(file: str) -> dict:
 
 def cluster_of(file: str) -> dict:
     spec = manifest(file)["spec"]
-    return spec.get("rayClusterSpec", spec)
+    return spec.get("rayClusterSpec", spec.get("rayClusterConfig", spec))
 
 
 def pods_of(file: str) -> list[dict]:
@@ -86,8 +92,10 @@ def schema_of(kind: str) -> dict:
 
 @pytest.mark.skipif(CRDS is None, reason="ESPER_KUBERAY_CRDS=FOLDER; this file's head says how")
 @pytest.mark.parametrize(
-    ("file", "kind"), [("raycluster.yaml", "rayclusters"), ("rayjob.yaml", "rayjobs")]
-)
+    ("file", "kind"),
+    [("raycluster.yaml", "rayclusters"), ("rayjob.yaml", "rayjobs"),
+     ("rayservice.yaml", "rayservices")],
+)  # fmt: skip
 def test_kuberay_accepts_it_and_would_refuse_a_wrong_key_or_value(file, kind):
     schema, good = schema_of(kind), manifest(file)
     jsonschema.validate(good, schema)
@@ -105,7 +113,8 @@ def test_kuberay_accepts_it_and_would_refuse_a_wrong_key_or_value(file, kind):
 
 
 def cluster_of_manifest(content: dict) -> dict:
-    return content["spec"].get("rayClusterSpec", content["spec"])
+    spec = content["spec"]
+    return spec.get("rayClusterSpec", spec.get("rayClusterConfig", spec))
 
 
 def first_container(content: dict) -> dict:
@@ -116,7 +125,7 @@ def first_container(content: dict) -> dict:
 # --- offline
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", ALL)
 def test_it_wants_a_token_from_a_secret(file):
     assert cluster_of(file)["authOptions"] == {"mode": "token", "secretName": "esper-token"}
     # KubeRay reads the token from this key of the secret
@@ -129,7 +138,7 @@ def test_it_wants_a_token_from_a_secret(file):
         assert not names & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", ALL)
 def test_ray_and_image_are_the_tested_versions(file):
     assert cluster_of(file)["rayVersion"] == PINS["ray"]
     assert Version(PINS["ray"]) >= Version("2.53"), "the probes' path is new in 2.53"
@@ -178,6 +187,24 @@ def test_both_describe_the_same_cluster():
         for items in (pod["volumes"], pod["containers"][0]["volumeMounts"]):
             items[:] = [item for item in items if item["name"] != "sweep"]
     assert inside == alone
+
+
+def test_the_service_is_that_of_configs_serve_but_for_where_it_is():
+    spec = manifest("rayservice.yaml")["spec"]
+    theirs = yaml.safe_load(spec["serveConfigV2"])
+    ours = yaml.safe_load((ROOT / "configs/serve/tamiyo.yaml").read_text())
+    (app,), (expected,) = theirs["applications"], ours["applications"]
+    ServeDeploySchema.model_validate(theirs)
+    assert {k: v for k, v in app["args"].items() if k not in ("home", "database")} == {
+        k: v for k, v in expected["args"].items() if k != "home"
+    }
+    validate(ServiceSettings, app["args"], source="rayservice.yaml")
+    mounts = {m["mountPath"] for c in containers_of("rayservice.yaml") for m in c["volumeMounts"]}
+    assert app["args"]["home"] in mounts
+    for container in containers_of("rayservice.yaml"):
+        given = {variable["name"]: variable["value"] for variable in container["env"]}
+        assert given.items() >= LAUNCH_ENVIRONMENT.items()
+        assert container["resources"]["requests"] == container["resources"]["limits"]
 
 
 def test_the_entry_point_is_a_command_of_the_job_module_and_its_files_are_mounted():

@@ -178,6 +178,9 @@ def run(
     wait_s: Annotated[
         float, typer.Option(help="Seconds that new actors wait for the room of those lost.")
     ] = 60.0,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Serve metrics for Prometheus here.")
+    ] = None,
     tracking_uri: Annotated[str, typer.Option(help="MLflow tracking URI.")] = "sqlite:///mlflow.db",
     json_file: JsonOption = None,
 ) -> None:
@@ -205,7 +208,7 @@ def run(
         times = 0 if sharding is None else sharding.times
         run_once(
             trial, checkpoint or resume, every, save, tracking_uri, json_file, times, again,
-            goes_on=on_loss != "fail",
+            goes_on=on_loss != "fail", metrics_port=metrics_port,
         )  # fmt: skip
 
 
@@ -500,6 +503,26 @@ def promote(
     from esper.cli.policy import promote_policy
 
     promote_policy(version, tracking_uri)
+
+
+@app.command()
+@explained
+def monitoring(
+    flags: Annotated[
+        Path, typer.Option(help="The file of flags.", dir_okay=False, show_default=True)
+    ] = Path("configs/flags.yaml"),
+    baseline: Annotated[
+        Path | None, typer.Option(help="A stored baseline.json.", dir_okay=False)
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="On this machine alone.")] = 9102,
+) -> None:
+    """Serve the state of the migration to Prometheus until Ctrl-C.
+
+    The files are read at each scrape. Runs, sweeps and Tamiyo's service serve their own metrics.
+    """
+    from esper.cli.monitoring import export
+
+    export(flags, baseline, port)
 
 
 flags = typer.Typer(no_args_is_help=True, help="Feature flags: who gets a new implementation.")

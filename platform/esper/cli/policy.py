@@ -88,15 +88,15 @@ def _read(sources: Sequence[str]) -> list[FieldReport]:
 def _judged(
     console: Console, reports: Sequence[FieldReport], explore_frac: float
 ) -> dict[str, float]:
-    table = Table(box=SIMPLE_HEAD, title="relative gain a choice, 95 % intervals over runs")
-    for column in ("policy", "doubly robust", "self-normalised", "IPS", "effective choices"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
+    table = Table(
+        box=SIMPLE_HEAD,
+        title="relative gain a choice (95 % over runs), and the choices that this rests on",
+    )
+    for column in ("policy", "doubly robust", "self-normalised", "choices"):
+        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     shown = {}
     for name, value in judge(reports, explore_frac):
-        cells = [
-            f"{e.value:+.4f} ({e.low:+.4f} to {e.high:+.4f})"
-            for e in (value.dr, value.snips, value.ips)
-        ]
+        cells = [f"{e.value:.3f} ({e.low:.3f} to {e.high:.3f})" for e in (value.dr, value.snips)]
         table.add_row(name, *cells, f"{value.effective:.0f}")
         shown[f"dr_{name.replace(' ', '_')}"] = value.dr.value
     console.print(table)

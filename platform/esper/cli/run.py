@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +31,7 @@ def run_once(
     retries: int = 0,
     again: "Shards | None" = None,
     goes_on: bool = True,
+    metrics_port: int | None = None,
 ) -> None:
     """Train, log to MLflow, print the final metrics, and save the model if asked."""
     console = Console()
@@ -39,9 +40,11 @@ def run_once(
     from esper.trial import run_through
 
     require_reachable(tracking_uri)
+    metrics = _serve_metrics(trial, metrics_port)
     started, before = time.monotonic(), len(trial.curves.get("step", []))
 
     def show(trial: "Trial") -> None:
+        metrics(trial)
         intervals = len(trial.curves["step"])
         spent = time.monotonic() - started
         left = spent * (trial.intervals - intervals) / max(1, intervals - before)
@@ -71,6 +74,25 @@ def run_once(
     if json_file is not None:
         content = json.loads(record.model_dump_json()) | {"mlflow_run_id": run_id}
         json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _serve_metrics(trial: "Trial", port: int | None) -> "Callable[[Trial], None]":
+    """Serve the run's metrics on this machine; what sets them after every interval."""
+    if port is None:
+        return lambda trial: None
+    from prometheus_client import start_http_server
+
+    from esper.monitoring.metrics import PrometheusExporter
+    from esper.monitoring.runs import RunMetrics
+
+    exporter = PrometheusExporter("esper_run")
+    try:
+        start_http_server(port, "127.0.0.1", exporter.registry)
+    except OSError as error:
+        raise ConfigError("--metrics-port", (
+            f"the port must be free, but {port} is not ({error.strerror}); choose another.",
+        )) from None  # fmt: skip
+    return RunMetrics(exporter, trial.spec.arm, trial).interval
 
 
 @contextmanager

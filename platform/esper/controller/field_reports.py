@@ -37,11 +37,11 @@ class FieldReports:
     def __init__(self, url: str) -> None:
         self._engine = open_database(url, _META)
 
-    def append(self, reports: Iterable[FieldReport]) -> int:
+    def append(self, reports: Iterable[FieldReport]) -> list[FieldReport]:
         """Store reports, all or none; a request id that is stored already is left as it is.
 
         Returns:
-            How many were new.
+            Those that were new.
         """
         new = {r.request_id: r for r in reports}
         while new:
@@ -57,7 +57,7 @@ class FieldReports:
             except sql.exc.IntegrityError:
                 # somebody stored one of them meanwhile; it is found the next time
                 continue
-        return len(new)
+        return list(new.values())
 
     def read(self, after: int = 0) -> list[FieldReport]:
         """Reports in the order of their arrival.

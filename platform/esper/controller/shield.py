@@ -69,6 +69,10 @@ class Shield:
         """Whether the wrapped controller may germinate then."""
         return self.closed is None and may_grow(self._controller, interval)
 
+    def sources(self) -> dict[str, int]:
+        """Decisions by where they came from, if the wrapped controller asks others."""
+        return dict(getattr(self._controller, "counts", {}))
+
     def switch(self, on: Set[str]) -> Set[str]:
         """Tell the wrapped controller which flags are on."""
         return switch(self._controller, on)
