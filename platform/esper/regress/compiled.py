@@ -70,7 +70,8 @@ class _Side:
         )
 
     def loss(self) -> Tensor:
-        return (self.run(self.x) - self.target).square().mean()
+        loss: Tensor = (self.run(self.x) - self.target).square().mean()
+        return loss
 
     def step(self) -> float:
         self.optimizer.zero_grad()

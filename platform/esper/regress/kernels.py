@@ -125,7 +125,8 @@ def _site(
     codes = [Phi.GELU, Phi.RELU, Phi.SILU, Phi.IDENTITY]
     if geometry == "chunk":
         T, S, C, H = shape
-        call, width = chunk_seeds, S * C
+        call: Call = chunk_seeds
+        width = S * C
         rows = [draw(T, S * C)]
         pool = [draw(S, C, H) * C**-0.5, draw(S, H), draw(S, H, C) * H**-0.5]
         hidden = [torch.tensor([max(1, H - 3 * (s % 2)) for s in range(S)], dtype=torch.int32)]
@@ -214,8 +215,8 @@ def _step(geometry: str, device: str) -> dict[str, tuple[float, float]]:
     for place in ("cpu", device):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 8)).to(place)
-        options = {"hidden": 5} if geometry == "chunk" else {"geometry": "span"}
-        lattice = attach(model, sites, 8, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"hidden": 5} if geometry == "chunk" else {"geometry": "span"}
+        lattice = attach(model, sites, 8, **options)
         layer = lattice.layer(sites)
         layer.write_states(
             [SeedState(stage, 1) for stage in (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from esper.environment import commit, is_dirty, versions
 from esper.evidence.records import CheckRecord, write_json, write_text
-from esper.regress import compiled, exact, kernels, numerics, rules, training
+from esper.regress import compiled, exact, kernels, numerics, rules, shield, training
 from esper.regress.finding import Finding
 from esper.release.judge import PhaseMeasurements
 from esper.release.phases import Quantity
@@ -40,6 +40,7 @@ def checks(*, quick: bool, device: str) -> dict[str, tuple[str, Check]]:
         "laws": ("numerics", lambda: numerics.laws(cases, device)),
         "kernels": ("numerics", lambda: kernels.kernels(device, quick=quick)),
         "recompilations": ("exact", lambda: compiled.recompilations(device)),
+        "vetoes": ("exact", lambda: shield.vetoes(runs)),
         "flags": ("rules", lambda: rules.flags(20_000 if quick else 1_000_000)),
         "false_wins": ("rules", lambda: rules.false_wins(2_000 if quick else 10_000)),
         "equivalence": ("training", lambda: training.equivalence(pairs)),

@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from esper.controller import Shield
 from esper.controller.heuristic import HeuristicController
 from esper.evidence import planning
-from esper.regress import compiled, exact, kernels, numerics, rules, training
+from esper.regress import compiled, exact, kernels, numerics, rules, shield, training
 from esper.regress.finding import Finding
 from esper.regress.suite import checks, run_checks
 from esper.release import snapshot
 from esper.release.judge import Decision, GateEvidence, judge_gate
 from esper.release.phases import load_migration
 from esper.seeds import kasmina, legacy, lifecycle, loop
-from esper.seeds.actions import Cull, Promote
+from esper.seeds.actions import Advance, Cull, Promote
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.state import SeedState, Stage
 from esper.training.trainer import Trainer
@@ -40,6 +41,7 @@ SMALL = {
     "laws": lambda: numerics.laws(3),
     "kernels": lambda: kernels.kernels(DEVICE, quick=True),
     "recompilations": lambda: compiled.recompilations(),
+    "vetoes": lambda: shield.vetoes(2),
     "flags": lambda: rules.flags(500),
     "false_wins": lambda: rules.false_wins(500),
     "equivalence": lambda: training.equivalence(5),
@@ -279,6 +281,21 @@ def a_compiled_layer_does_nothing(patch):
     patch.setattr(KasminaLayer, "forward", forward)
 
 
+def a_shut_gate_lets_through(patch):
+    real = Shield.decide
+
+    def decide(self, report):
+        allowed = real(self, report)
+        shut = [
+            v.action for v in self.vetoes
+            if v.interval == report.interval and isinstance(v.action, Advance)
+            and " is shut" in v.reason
+        ]  # fmt: skip
+        return [*allowed, *shut[:1]]
+
+    patch.setattr(Shield, "decide", decide)
+
+
 def a_bucket_is_not_kept(patch):
     numbers = itertools.count()
     patch.setattr(snapshot, "_bucket", lambda prefix, model: next(numbers) * 7_919 % 10_000)
@@ -322,6 +339,7 @@ FAULTS = [
     ("kernels", the_optimizers_kernel_leaves_grafts_where_they_are),
     ("recompilations", a_stage_change_is_a_change_of_code),
     ("recompilations", a_compiled_layer_does_nothing),
+    ("vetoes", a_shut_gate_lets_through),
     ("flags", a_bucket_is_not_kept),
     ("flags", a_full_share_leaves_some_out),
     ("false_wins", p_values_are_halved),
