@@ -99,6 +99,11 @@ class Trial:
         for module in config.plugins:
             import_plugin(module)
         _require_metrics(config.metrics)
+        if config.kept_outputs and shards is not KasminaShard:
+            raise ConfigError("kept_outputs", (
+                "kept_outputs must be 0 where the network lives in other processes, but got "
+                f"{config.kept_outputs}; train without shards.",
+            ))  # fmt: skip
         seed = spec.seed + SALT_STRIDE * config.seed_salt
         self._seed = seed
         brain = build_options(CONTROLLERS, config.controller, "controller")

@@ -217,10 +217,11 @@ class SweepConfig(Config):
                     f"question must compare arms of this sweep ({', '.join(self.all_arms)}), "
                     f"but got '{side}'; correct the name."
                 )
-        if self.resources.shards > 1 and self.run.get("kept_outputs"):
+        keeping = [arm for arm in self.arms if self._merged(arm).get("kept_outputs")]
+        if self.resources.shards > 1 and keeping:
             raise ValueError(
                 "kept_outputs must be 0 with resources.shards above 1, whose network lives in "
-                f"other processes, but got {self.run['kept_outputs']}; use one shard."
+                f"other processes, but arm '{keeping[0]}' sets it; use one shard."
             )
         if self.question.looks and self.question.looks[-1] != self.pairs:
             raise ValueError(

@@ -7,13 +7,16 @@ Shapes: T = rows, S = seeds, C = channels of a seed, H = hidden units, I and O =
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +45,19 @@ LEARNING = {AWAKE: 1, ALONE: 2, ASLEEP: 1, FROZEN: 0}
 STEPS = 12
 LIMIT_S = 1800
 
+MOST_PROCESSES = 8
+
 Call = Callable[..., Tensor]
+Errors = dict[str, tuple[float, float]]
+
+
+class Case(NamedTuple):
+    """One site, or without a shape the optimizer's step of one."""
+
+    geometry: str
+    shape: tuple[int, int, int, int] | None
+    dtype: torch.dtype = torch.float32
+    objective: str = OBJECTIVES[0]
 
 
 def kernels(device: str = "cpu", *, quick: bool = False) -> Finding:
@@ -77,9 +92,11 @@ def kernels(device: str = "cpu", *, quick: bool = False) -> Finding:
 
 def _compared(device: str, *, quick: bool) -> Finding:
     real = torch.device(device).type == "cuda"
-    problems, worst, cases = list[str](), dict[str, float](), 0
-    for name, found in _cases(device, real=real, quick=quick):
-        cases += 1
+    cases = _cases(real=real, quick=quick)
+    # a GPU waits for Triton's compiler, which takes one kernel at a time in each process
+    workers = min(MOST_PROCESSES, os.cpu_count() or 1) if real else 1
+    problems, worst = list[str](), dict[str, float]()
+    for name, found in _computed(cases, device, workers):
         for part, (error, allowed) in found.items():
             key = name.partition(" ")[0]
             worst[key] = max(worst.get(key, 0.0), error)
@@ -91,30 +108,48 @@ def _compared(device: str, *, quick: bool) -> Finding:
     notes += [f"largest error of {name}: {error:.2g}" for name, error in sorted(worst.items())]
     quantity = "kernel_reference_failures" if real else "interpreted_kernel_failures"
     failures = float(len(problems))
-    return Finding(capped(problems), cases, {quantity: (failures, "count")}, tuple(notes))
+    return Finding(capped(problems), len(cases), {quantity: (failures, "count")}, tuple(notes))
 
 
-def _cases(
-    device: str, *, real: bool, quick: bool
-) -> Iterator[tuple[str, dict[str, tuple[float, float]]]]:
+def _cases(*, real: bool, quick: bool) -> list[Case]:
     # arithmetic of 16 bits is another one in the interpreter
     dtypes = tuple(MOST_FRAC) if real else (torch.float32,)
     chunks, spans = (QUICK_CHUNKS, QUICK_SPANS) if quick else (CHUNKS, SPANS)
     sites = [("chunk", shape) for shape in chunks + GPU_CHUNKS * real]
     sites += [("span", shape) for shape in spans + GPU_SPANS * real]
-    for geometry, shape in sites:
-        for dtype in dtypes:
-            for objective in OBJECTIVES:
-                kind = str(dtype).removeprefix("torch.")
-                name = f"{geometry}/{kind} {shape}, {objective}"
-                yield name, _site(geometry, shape, dtype, objective, device)
-    for geometry in ("chunk", "span"):
-        yield f"step/{geometry}", _step(geometry, device)
+    cases = [
+        Case(geometry, shape, dtype, objective)
+        for geometry, shape in sites
+        for dtype in dtypes
+        for objective in OBJECTIVES
+    ]
+    return [*cases, Case("chunk", None), Case("span", None)]
+
+
+def _computed(cases: list[Case], device: str, workers: int) -> Iterator[tuple[str, Errors]]:
+    if workers == 1:
+        yield from (_case(case, device) for case in cases)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        min(workers, len(cases)), context, torch.set_num_threads, (1,)
+    ) as pool:
+        # a site's objectives share most of what is compiled
+        yield from pool.map(_case, cases, repeat(device), chunksize=len(OBJECTIVES))
+
+
+def _case(case: Case, device: str) -> tuple[str, Errors]:
+    """Name of a case, and error and what is allowed of every tensor."""
+    if case.shape is None:
+        return f"step/{case.geometry}", _step(case.geometry, device)
+    kind = str(case.dtype).removeprefix("torch.")
+    name = f"{case.geometry}/{kind} {case.shape}, {case.objective}"
+    return name, _site(case.geometry, case.shape, case.dtype, case.objective, device)
 
 
 def _site(
     geometry: str, shape: tuple[int, int, int, int], dtype: torch.dtype, objective: str, device: str
-) -> dict[str, tuple[float, float]]:
+) -> Errors:
     """Error and what is allowed, of every tensor of one site."""
     generator = torch.Generator().manual_seed(sum(shape))
 
@@ -208,7 +243,7 @@ def _error(mine: Tensor, right: Tensor) -> float:
     return difference / size if size else difference
 
 
-def _step(geometry: str, device: str) -> dict[str, tuple[float, float]]:
+def _step(geometry: str, device: str) -> Errors:
     """The optimizer's kernel against its definition on the CPU: pool, moments and grafts."""
     sites = "0" if geometry == "chunk" else "0->2"
     pairs = []
