@@ -9,7 +9,6 @@ One client asks one decision after another and compares each with what the same 
 """
 
 import argparse
-import dataclasses
 import sys
 import time
 from datetime import UTC, datetime
@@ -29,11 +28,12 @@ from esper.evidence.records import write_json
 from esper.release.judge import PhaseMeasurements
 from esper.release.phases import Quantity
 from esper.seeds.actions import Action
+from esper.surgery.growth_log import pack_action
 
 # reports of one run, whose policy remembers the ones before
 RUN = 30
 PATHS = ("/v1/decide", "/v1/feedback")
-STRANGERS = (
+STRANGERS: tuple[dict[str, str], ...] = (
     {}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer"},
     {"authorization": "Basic d3Jvbmc6d3Jvbmc="},
 )  # fmt: skip
@@ -72,7 +72,8 @@ def decided(options: RemoteOptions, number: int) -> tuple[list[float], int, int]
 
 def bare(actions: list[Action]) -> list[Any]:
     """Without reasons."""
-    return [dataclasses.replace(a, reason="") if hasattr(a, "reason") else a for a in actions]
+    packed = [pack_action(a) for a in actions]
+    return [(p["action"], {k: v for k, v in p["fields"].items() if k != "reason"}) for p in packed]
 
 
 def served_to_strangers(url: str) -> int:
