@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import torch
 from commits import ROOT, Checkout, checkouts
 
 from esper.config.sweep import Guardrail, Question
@@ -28,6 +29,7 @@ from esper.evidence.records import (
     write_json,
     write_text,
 )
+from esper.evidence.reference import TRIAL_REQUESTS, median_ms, reference_s
 from esper.evidence.verdict import Verdict, judge_all
 
 RUN = "configs/runs/branch_ab.yaml"
@@ -63,6 +65,8 @@ def main() -> None:
 
 def run(base: Checkout, branch: Checkout, pairs: int, out: Path) -> Verdict:
     """Register, run every pair, and judge."""
+    # as the trials have, beside which the machine's speed is measured
+    torch.set_num_threads(1)
     arms = {"branch": branch, "base": base}
     codes = {name: arm.code_hash() for name, arm in arms.items()}
     configs = {name: run_of(arm) for name, arm in arms.items()}
@@ -73,8 +77,11 @@ def run(base: Checkout, branch: Checkout, pairs: int, out: Path) -> Verdict:
     for pair in range(pairs):
         rng = np.random.default_rng([int(registration.registration_hash[:8], 16), pair])
         for order, name in enumerate(rng.permutation(list(arms)).tolist()):
-            record = trial(arms[name], name, configs[name], pair, out)
-            records.append(adopted(record, registration, name, pair, order, codes[name]))
+            before = reference_s("cpu", TRIAL_REQUESTS)
+            raw = trial(arms[name], name, configs[name], pair, out)
+            speed = median_ms([*before, *reference_s("cpu", TRIAL_REQUESTS)])
+            record = adopted(raw, registration, name, pair, order, codes[name])
+            records.append(record.model_copy(update={"reference_ms": speed}))
             write_json(out / "trials" / f"{name}-{pair:03d}.json", records[-1])
         values = {r.arm: r.metrics[QUESTION.metric] for r in records[-2:]}
         print(f"pair {pair}: {values}", flush=True)

@@ -23,6 +23,7 @@ from esper.config.sweep import Resources
 from esper.environment import code_hash, device_name
 from esper.evidence.progress import Progress
 from esper.evidence.records import TrialRecord, write_json
+from esper.evidence.reference import TRIAL_REQUESTS, median_ms, reference_s
 from esper.monitoring.runs import RunMetrics
 from esper.shards.group import groups
 from esper.shards.shard import KasminaShard
@@ -82,8 +83,15 @@ class TrialWorker(tune.Trainable):
         self._unwritten = ""
         self._checkpoint = checkpoint_path(self._folder, trial_id)
         self._trial = self._resumed(planned) or self._new(planned)
+        self._timed = planned.is_timed
+        self._reference_s = self._reference()
         run = f"{self._folder.name} {trial_id}"
         self._trial.on_interval = RunMetrics(self._exporter, run, self._trial).interval
+
+    def _reference(self) -> list[float]:
+        """How fast the machine is just now, where the question judges times."""
+        assert self._trial is not None
+        return reference_s(self._trial.config.device, TRIAL_REQUESTS) if self._timed else []
 
     def _new(self, planned: Planned) -> Trial:
         followed = planned.waits_for and read_record(self._folder, planned.waits_for)
@@ -126,7 +134,7 @@ class TrialWorker(tune.Trainable):
             path = record_path(self._folder, trial.spec.trial_id)
             # a worker that was cut off from the cluster may come later than who took its place
             if not path.exists():
-                write_json(path, trial.record())
+                write_json(path, self._record(trial))
             self._close()
             shutil.rmtree(self._checkpoint, ignore_errors=True)
         elif time.monotonic() - self._saved > self._checkpoint_s and type(trial) is Trial:
@@ -138,6 +146,13 @@ class TrialWorker(tune.Trainable):
         )
         place = " ".join(where)
         return {"done": trial.done, "latest": latest, "place": place, "unwritten": self._unwritten}
+
+    def _record(self, trial: Trial) -> TrialRecord:
+        record = trial.record()
+        if not self._timed:
+            return record
+        reference = median_ms([*self._reference_s, *self._reference()])
+        return record.model_copy(update={"reference_ms": reference})
 
     def _save(self, trial: Trial) -> None:
         self._saved = time.monotonic()

@@ -13,6 +13,7 @@ import numpy as np
 from esper.config.run import RunConfig
 from esper.config.sweep import SweepConfig
 from esper.environment import fingerprint
+from esper.evidence.health import judges_time
 from esper.evidence.records import (
     Fingerprint,
     Registration,
@@ -31,11 +32,13 @@ class Planned:
         spec: Which trial.
         config: Its arm's configuration.
         waits_for: Id of the trial whose record it needs first; None if it needs none.
+        is_timed: Whether the question judges times, so that the machine's speed is measured too.
     """
 
     spec: TrialSpec
     config: RunConfig
     waits_for: str | None
+    is_timed: bool = False
 
 
 def sweep_folder(sweep: SweepConfig, device: str) -> Path:
@@ -93,7 +96,7 @@ def register(sweep: SweepConfig, folder: Path) -> Registration:
 def plan_trials(sweep: SweepConfig, registration: Registration) -> list[Planned]:
     """All trials, pair by pair; the arms of a pair in random order, followers last."""
     configs = {arm: sweep.run_config(arm) for arm in sweep.arms}
-    trials = []
+    is_timed, trials = judges_time(sweep.question), []
     for pair in range(sweep.pairs):
         # the order is a function of the registration, so that a resumed sweep has the same one
         rng = np.random.default_rng([int(registration.registration_hash[:8], 16), pair])
@@ -110,7 +113,7 @@ def plan_trials(sweep: SweepConfig, registration: Registration) -> list[Planned]
             )
             follow = configs[arm].follow
             waits_for = None if follow is None else f"{follow}-{pair:03d}"
-            trials.append(Planned(spec, configs[arm], waits_for))
+            trials.append(Planned(spec, configs[arm], waits_for, is_timed))
     return trials
 
 

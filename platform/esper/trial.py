@@ -99,6 +99,11 @@ class Trial:
         for module in config.plugins:
             import_plugin(module)
         _require_metrics(config.metrics)
+        if config.kept_outputs and shards is not KasminaShard:
+            raise ConfigError("kept_outputs", (
+                "kept_outputs must be 0 where the network lives in other processes, but got "
+                f"{config.kept_outputs}; train without shards.",
+            ))  # fmt: skip
         seed = spec.seed + SALT_STRIDE * config.seed_salt
         self._seed = seed
         brain = build_options(CONTROLLERS, config.controller, "controller")
@@ -414,9 +419,17 @@ class Trial:
             metrics=self._final_metrics(log) | self._own_metrics(),
             curves=self.curves,
             flags=None if self.config.flags is None else self._ruled,
+            outputs=self._outputs(),
             transitions=[_record(t) for t in log],
             sites=dict(self.health.seeds),
         )
+
+    def _outputs(self) -> list[list[float]] | None:
+        """Of the trained network, if the run keeps them."""
+        if not self.config.kept_outputs or self._collapse is not None:
+            return None
+        kept: list[list[float]] = self.trainer.outputs(self.config.kept_outputs).tolist()
+        return kept
 
     def metric_names(self) -> set[str]:
         """Names of the final metrics, known before the trial has run."""

@@ -778,3 +778,23 @@ def test_a_topology_that_does_not_fit_is_refused(grown):
     change = {"follow": "esper", "start": "grown", "lattice": []}
     with pytest.raises(ConfigError, match="site must be one of"):
         trial(change, followed=grown[1])
+
+
+def test_outputs_stay_in_the_record_where_the_run_asks_for_them():
+    short = {"train": {**RUN["train"], "steps": 20}}
+    run, record = finished(short, {"kept_outputs": 5})
+    x = run.trainer.data.held_out[0][:5]
+    with torch.no_grad():
+        wanted = run.trainer.model.eval()(x)
+    torch.testing.assert_close(torch.tensor(record.outputs), wanted)
+    again = TrialRecord.model_validate_json(record.model_dump_json())
+    assert again.outputs == record.outputs
+    # records of other runs are written as they were before
+    assert "outputs" not in json.loads(finished(short)[1].model_dump_json())
+
+
+def test_outputs_of_a_network_in_other_processes_are_refused():
+    config = RunConfig.model_validate(RUN | {"kept_outputs": 5})
+    spec = TrialSpec("arm", 0, 0, 1, "registered", MARK)
+    with pytest.raises(ConfigError, match="kept_outputs must be 0 where the network lives in"):
+        Trial(config, spec, shards=lambda spec: None)

@@ -24,7 +24,6 @@ from esper.evidence.baseline_report import (
     write,
 )
 from esper.evidence.baseline_stats import (
-    MAX_DRIFT_FRAC,
     Comparison,
     Outcome,
     compare,
@@ -32,6 +31,7 @@ from esper.evidence.baseline_stats import (
     health,
     quantities,
 )
+from esper.evidence.health import MAX_DRIFT_FRAC
 from esper.evidence.measure import Measured, absent, present
 from esper.evidence.records import write_json
 

@@ -82,6 +82,14 @@ def verify_ab(
         typer.Option(help="Its file, if it was stored without config.json and SHA256SUMS."),
     ] = None,
     runs: RunsFolder = RUNS,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            help="If verified and healthy, write here how often each arm won over each other one, "
+            "for `esper gate --measured`.",
+            dir_okay=False,
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Judge a finished sweep again from its stored records, and compare bit for bit.
@@ -90,7 +98,27 @@ def verify_ab(
     """
     from esper.cli.ab import verify_ab
 
-    raise typer.Exit(verify_ab(sweep, config, runs, json_file))
+    raise typer.Exit(verify_ab(sweep, config, runs, json_file, measured))
+
+
+@ab.command("similarity")
+@explained
+def similarity_ab(
+    sweep: Annotated[
+        str,
+        typer.Argument(help="A finished sweep whose run sets `kept_outputs`; as for verify."),
+    ],
+    noise: Annotated[
+        str | None,
+        typer.Option(help="The arm that is the control once more: its own noise."),
+    ] = None,
+    runs: RunsFolder = RUNS,
+    json_file: JsonOption = None,
+) -> None:
+    """Say how alike the trained networks of treatment and control are: outputs and losses."""
+    from esper.cli.ab import similarity_ab
+
+    similarity_ab(sweep, noise, runs, json_file)
 
 
 @ab.command("plan")

@@ -243,6 +243,12 @@ class RunConfig(Config):
     metrics: tuple[str, ...] = Field(
         (), description="Registered with `esper.metric`: computed once, after the last step."
     )
+    kept_outputs: NonNegativeInt = Field(
+        0,
+        exclude_if=lambda rows: rows == 0,
+        description="Held-out rows whose outputs stay in the trial's record, for "
+        "`esper ab similarity`; in a run without shards.",
+    )
 
     @model_validator(mode="after")
     def _ramp_ends(self) -> "RunConfig":

@@ -217,6 +217,12 @@ class SweepConfig(Config):
                     f"question must compare arms of this sweep ({', '.join(self.all_arms)}), "
                     f"but got '{side}'; correct the name."
                 )
+        keeping = [arm for arm in self.arms if self._merged(arm).get("kept_outputs")]
+        if self.resources.shards > 1 and keeping:
+            raise ValueError(
+                "kept_outputs must be 0 with resources.shards above 1, whose network lives in "
+                f"other processes, but arm '{keeping[0]}' sets it; use one shard."
+            )
         if self.question.looks and self.question.looks[-1] != self.pairs:
             raise ValueError(
                 f"question.looks must end with all {self.pairs} pairs, but got "

@@ -21,7 +21,7 @@ from pydantic import Field
 from scipy import stats
 
 from esper.evidence.baseline import Baseline, BaselineError
-from esper.evidence.health import ALPHA_HEALTH
+from esper.evidence.health import ALPHA_HEALTH, MAX_DRIFT_FRAC
 from esper.evidence.measure import ArmRecord, Machine, Measured, absent, present, quantile
 from esper.evidence.paired import (
     ALPHA,
@@ -45,7 +45,6 @@ P99_REQUESTS = 2_500
 MAX_CLIFF = 1.3
 # of the share over the limit, where P99 lies on a cliff
 MARGIN_OVER_LIMIT_POINTS = 1.0
-MAX_DRIFT_FRAC = 0.03
 # of the time in which a process of one thread had its CPU
 MIN_CPU_PERCENT = 95.0
 REPETITIONS = 400

@@ -4,18 +4,24 @@ Every check returns the reasons why the data cannot be judged, as sentences; non
 """
 
 import math
+import re
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import stats
 
-from esper.config.sweep import Comparison
+from esper.config.sweep import Comparison, Question
 from esper.evidence.records import Registration, TrialRecord, canonical_hash, is_collapsed
 
 ALPHA_HEALTH = 0.001
 LARGEST_VALUE = 1e100
 COLLAPSE = "collapse"
+# of the reference workload, beside one arm against beside the other
+MAX_DRIFT_FRAC = 0.03
+# what is told in such a unit depends on how fast the machine is just then
+_TIMED = re.compile(r".+_(seconds|s|ms|us|per_s)")
 _NUM_NAMED = 8
 
 
@@ -273,6 +279,44 @@ def check_metric(records: Sequence[TrialRecord], comparison: Comparison, metric:
     return []
 
 
+def judges_time(question: Question) -> bool:
+    """Whether a metric or a guardrail of a question is a time, or a rate, by its name."""
+    goals = [question.goal_of(c) for c in question.comparisons]
+    return any(_TIMED.fullmatch(g.metric) for g in (*goals, *question.guardrails))
+
+
+def check_drift(
+    records: Sequence[TrialRecord], comparison: Comparison, question: Question
+) -> list[str]:
+    """Where times are judged, the machine was as fast beside one arm as beside the other.
+
+    The measure is the median over the pairs of the ratio of the reference workload's times. An
+    accuracy does not depend on it.
+    """
+    if not judges_time(question):
+        return []
+    treatment, control = (
+        {r.pair: r.reference_ms for r in runs_of(records, side)} for side in sides_of(comparison)
+    )
+    ratios = []
+    for pair in sorted(treatment.keys() & control.keys()):
+        ours, theirs = treatment[pair], control[pair]
+        if ours is None or theirs is None or not min(ours, theirs) > 0:
+            return [
+                "Times are judged, so that the reference workload must be measured beside every "
+                f"trial, but it was not in pair {pair:03d}."
+            ]
+        ratios.append(math.log(ours / theirs))
+    drift = math.expm1(statistics.median(ratios)) if ratios else 0.0
+    if not abs(drift) < MAX_DRIFT_FRAC:
+        return [
+            f"The machine was not equally fast: the reference workload took {drift:+.1%} beside "
+            f"'{comparison.treatment}' against '{comparison.control}' (median of {len(ratios)} "
+            f"pairs); less than {MAX_DRIFT_FRAC:.0%} is needed to judge times."
+        ]
+    return []
+
+
 def value_of(record: TrialRecord, metric: str) -> float:
     """A run's metric, NaN if the run collapsed: one that stopped early looks cheap otherwise."""
     value = record.metrics.get(metric, math.nan)
@@ -313,5 +357,6 @@ def unhealthy_reasons(
         *check_flags(records, comparison),
         *check_seeds(records, comparison, salted_arms),
         *check_order(records, comparison, dependent_arms),
+        *check_drift(records, comparison, question),
         *(reason for metric in metrics for reason in check_metric(records, comparison, metric)),
     ]

@@ -30,6 +30,7 @@ from esper.config.baseline import BaselineConfig, Implementation, Requests, Warm
 from esper.controller import Tamiyo
 from esper.evidence.baseline_workload import Built, build, host, inputs
 from esper.evidence.records import Record, write_json
+from esper.evidence.reference import median_ms, reference_s
 from esper.evidence.utilisation import Utilisation
 from esper.surgery.lattice import Lattice, attach
 from esper_kernels.timing import count_launches, synchronize, time_cold, time_replayed
@@ -38,10 +39,7 @@ QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 CONFIDENCE = 0.95
 # a quarter of the timed requests is sent back to back for the throughput
 THROUGHPUT_SHARE = 4
-REFERENCE_SIZE = {"cpu": 384, "cuda": 4096}
 REFERENCE_REQUESTS = 20
-# products a request: as long as a slow request, or the scheduler's slices would go unseen
-REFERENCE_PRODUCTS = 20
 DECISIONS = 9
 READY = "ready"
 _RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
@@ -162,7 +160,7 @@ def main(arguments: Sequence[str]) -> None:
 def arm(request: Request) -> ArmRecord:
     """Measure one implementation."""
     config, started = request.config, datetime.now(UTC)
-    timed = _reference(config)
+    timed = reference_s(config.device, REFERENCE_REQUESTS)
     # what the reference and the inputs take is no part of what the model takes
     built = build(config, request.implementation)
     number = config.requests[request.implementation]
@@ -188,8 +186,8 @@ def arm(request: Request) -> ArmRecord:
     metrics |= _busy(config, built, max(config.workload.loops["step"]))
     metrics |= _decisions(config, built)
     metrics |= _memory(config)
-    reference = [*timed, *_reference(config)]
-    metrics["reference_ms"] = present(1e3 * statistics.median(reference), "ms")
+    reference = [*timed, *reference_s(config.device, REFERENCE_REQUESTS)]
+    metrics["reference_ms"] = present(median_ms(reference), "ms")
     return ArmRecord(
         block=request.block, implementation=request.implementation, copy_name=request.copy_name,
         order=request.order, started_at=started, ended_at=datetime.now(UTC),
@@ -209,20 +207,6 @@ def _wall_s(call: Callable[[Tensor], object], x: Tensor) -> float:
     call(x)
     synchronize()
     return time.perf_counter() - started
-
-
-def _reference(config: BaselineConfig) -> list[float]:
-    """Seconds of a workload that never changes: how fast the machine is just now."""
-    size = REFERENCE_SIZE[config.device]
-    dtype = torch.bfloat16 if config.device == "cuda" else torch.float32
-    x = torch.ones(size, size, device=config.device, dtype=dtype)
-
-    def products(x: Tensor) -> None:
-        for _ in range(REFERENCE_PRODUCTS):
-            x.matmul(x)
-
-    _wall_s(products, x)
-    return [_wall_s(products, x) for _ in range(REFERENCE_REQUESTS)]
 
 
 def warm_up(call: Callable[[int], float], window: int, limits: WarmUp) -> tuple[int, bool]:

@@ -21,8 +21,9 @@ from esper.evidence.compare import (
     PValues,
     differences_of,
     margin_of,
+    values_of,
 )
-from esper.evidence.health import COLLAPSE
+from esper.evidence.health import COLLAPSE, sides_of
 from esper.evidence.paired import (
     ALPHA,
     ALPHA_EQUIVALENCE,
@@ -36,6 +37,8 @@ from esper.evidence.verdict import decide
 
 PAIRS = (8, 12, 16, 20, 30)
 REPETITIONS = 1_000
+# of a pilot's runs; more of them, and the test is that of ranks
+MAX_COLLAPSED_FRAC = 0.02
 LARGEST_EXACT = 20
 NUM_PATTERNS = 19_999
 _LARGEST_DZ = 5.0
@@ -111,6 +114,19 @@ def pilot(
         d = differences_of(records, registration, question, part, margin)
         assumed.append(Assumed(float(d.mean()), float(d.std(ddof=1)), margin, part.metric))
     return assumed[0], assumed[1:]
+
+
+def collapsed_runs(records: Sequence[TrialRecord], registration: Registration) -> tuple[int, int]:
+    """Runs of a pilot's primary comparison that collapsed, and all of them.
+
+    Beyond `MAX_COLLAPSED_FRAC`, the mean of the differences hangs on the value that a collapsed run
+    is ranked at; the signed-rank test only asks for its rank.
+    """
+    question = registration.question
+    values = np.concatenate(
+        [values_of(records, arm, question.metric) for arm in sides_of(question)]
+    )
+    return int(np.isnan(values).sum()), values.size
 
 
 def _t_power(dz: float, pairs: int, alpha: float) -> float:

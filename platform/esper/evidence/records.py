@@ -80,6 +80,18 @@ class TrialRecord(Record):
         description="What ruled each interval, one a point of the curves; None: no flags were "
         "read, in a run that names none.",
     )
+    reference_ms: float | None = Field(
+        None,
+        exclude_if=lambda ms: ms is None,
+        description="A workload that never changes, before and after the trial, in a sweep that "
+        "judges times.",
+    )
+    outputs: list[list[float]] | None = Field(
+        None,
+        exclude_if=lambda outputs: outputs is None,
+        description="What the trained network says of the first held-out rows, where the run keeps "
+        "them (`kept_outputs`) and finished: numbers of fp32.",
+    )
     transitions: list[TransitionRecord]
     sites: dict[str, int] = Field(description="Number of seeds of each lattice site.")
 

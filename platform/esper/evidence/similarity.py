@@ -98,6 +98,16 @@ def similarity(actual: Tensor, expected: Tensor) -> Similarity:
     )
 
 
+def told(found: Similarity) -> str:
+    """Every measure in a line."""
+    top = "none" if found.top1 is None else f"{found.top1:.4f}"
+    kl = "none" if found.kl_nats is None else f"{found.kl_nats:.2g} nats"
+    return (
+        f"max abs {found.max_abs:.2g}, max rel {found.max_rel or 0:.2g}, ULP bins {found.ulps}, "
+        f"cosine {found.cosine}, top-1 {top}, KL {kl}"
+    )
+
+
 def compare_runs(treatment: Tensor, control: Tensor, control_again: Tensor) -> Judged:
     """Compare a treatment with a control that was run twice.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esper.config.base import ConfigError
 from esper.config.run import Execution
-from esper.evidence.similarity import Similarity, compare_models, compare_runs
+from esper.evidence.similarity import compare_models, compare_runs, told
 from esper.regress.exact import EXECUTIONS
 from esper.regress.finding import Finding, capped
 from esper.seeds import legacy
@@ -261,8 +261,8 @@ def outputs(sizes: tuple[int, ...], device: str = "cpu") -> Finding:
         parallel = torch.nn.Sequential(old.default_transform, new)
         x = torch.randn(64, 8, device=device)
         judged = compare_models(parallel, old, x)
-        notes.append(f"{num_seeds} seeds, new against legacy: {_told(judged.treatment)}")
-        notes.append(f"{num_seeds} seeds, legacy against itself: {_told(judged.noise)}")
+        notes.append(f"{num_seeds} seeds, new against legacy: {told(judged.treatment)}")
+        notes.append(f"{num_seeds} seeds, legacy against itself: {told(judged.noise)}")
         for execution in EXECUTIONS:
             new.execution = execution
             with torch.no_grad():
@@ -275,15 +275,6 @@ def outputs(sizes: tuple[int, ...], device: str = "cpu") -> Finding:
         capped(problems), len(sizes) * len(EXECUTIONS),
         {"output_max_abs_difference": (largest, "1")}, tuple(notes),
     )  # fmt: skip
-
-
-def _told(found: Similarity) -> str:
-    top = "none" if found.top1 is None else f"{found.top1:.4f}"
-    kl = "none" if found.kl_nats is None else f"{found.kl_nats:.2g} nats"
-    return (
-        f"max abs {found.max_abs:.2g}, max rel {found.max_rel or 0:.2g}, ULP bins {found.ulps}, "
-        f"cosine {found.cosine}, top-1 {top}, KL {kl}"
-    )
 
 
 def laws(cases: int, device: str = "cpu") -> Finding:

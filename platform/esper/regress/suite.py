@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 from esper.environment import commit, is_dirty, versions
 from esper.evidence.records import CheckRecord, write_json, write_text
-from esper.regress import exact, numerics, rules, training
+from esper.regress import compiled, exact, kernels, numerics, rules, shield, training
 from esper.regress.finding import Finding
 from esper.release.judge import PhaseMeasurements
 from esper.release.phases import Quantity
@@ -16,15 +17,15 @@ Check = Callable[[], Finding]
 
 
 def checks(*, quick: bool, device: str) -> dict[str, tuple[str, Check]]:
-    """Name to layer and check.
+    """Name to layer and check; where there is no Triton, there are no kernels to check.
 
     Args:
         quick: For every push: fewer cases of what is generated or trained.
-        device: Where the numerics are computed.
+        device: Where the numerics are computed; on a CPU, kernels are interpreted.
     """
     examples, cases, runs, pairs = (100, 5, 2, 6) if quick else (1_500, 100, 16, 16)
     sizes = (1, 7, 64) if quick else (1, 7, 64, 1024)
-    return {
+    suite: dict[str, tuple[str, Check]] = {
         "transitions": ("exact", lambda: exact.transitions(100_000)),
         "commanded_lattice": (
             "exact", lambda: exact.commanded_lattice(5_000 if quick else 50_000),
@@ -37,10 +38,16 @@ def checks(*, quick: bool, device: str) -> dict[str, tuple[str, Check]]:
         "shapes": ("numerics", lambda: numerics.shapes(examples, device)),
         "outputs": ("numerics", lambda: numerics.outputs(sizes, device)),
         "laws": ("numerics", lambda: numerics.laws(cases, device)),
+        "kernels": ("numerics", lambda: kernels.kernels(device, quick=quick)),
+        "recompilations": ("exact", lambda: compiled.recompilations(device)),
+        "vetoes": ("exact", lambda: shield.vetoes(runs)),
         "flags": ("rules", lambda: rules.flags(20_000 if quick else 1_000_000)),
         "false_wins": ("rules", lambda: rules.false_wins(2_000 if quick else 10_000)),
         "equivalence": ("training", lambda: training.equivalence(pairs)),
     }  # fmt: skip
+    if find_spec("triton") is None:
+        del suite["kernels"]
+    return suite
 
 
 def run_checks(

@@ -289,6 +289,13 @@ class Trainer:
         with torch.no_grad():
             return self.data.metrics(split, self.model(x), y)
 
+    def outputs(self, rows: int) -> Tensor:
+        """What the model says of the first held-out rows: `[rows, columns]`, fp32, on the CPU."""
+        self.model.eval()
+        with torch.no_grad():
+            y: Tensor = self.model(self._held_out[0])
+        return y.float().cpu().reshape(-1, y.shape[-1])[:rows]
+
     def _report(self, loss: float) -> Report:
         """The lattice's report; what measuring for new seeds takes is counted."""
         if not math.isfinite(loss):

@@ -189,3 +189,9 @@ def test_the_primary_comparison_comes_first():
         ("esper", "host"),
         ("random", "host"),
     ]
+
+
+def test_outputs_are_not_kept_from_shards(tmp_path):
+    data = sweep_with(arms__esper={"kept_outputs": 8}, resources={"shards": 2})
+    with pytest.raises(ConfigError, match=r"kept_outputs must be 0 .* arm 'esper' sets it"):
+        load(tmp_path, data)

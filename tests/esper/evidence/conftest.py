@@ -133,6 +133,7 @@ def _record(
         collapse_reason="the loss is NaN" if collapsed else None,
         metrics=metrics | {"train_flops": 1e6},
         curves={"step": [50.0]},
+        reference_ms=10.0,
         transitions=[],
         sites={},
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from esper.config.sweep import Comparison, Guardrail
-from esper.evidence.health import check_split, unhealthy_reasons
+from esper.evidence.health import check_drift, check_split, unhealthy_reasons
 from esper.evidence.records import FlagsRecord
 from esper.evidence.verdict import judge
 
@@ -264,3 +264,48 @@ def test_numbers_of_a_healthy_sweep_agree_with_numpy(healthy) -> None:
 
 def test_arms_may_be_chosen_by_the_same_flags(healthy):
     assert flagged(healthy, **SAME).primary().verdict == "WIN"
+
+
+def timed(sweep, metric="train_seconds"):
+    """The same sweep, with a guardrail on a time."""
+    guardrail = Guardrail(metric=metric, margin=0.5, relative=True)
+    return sweep.registration.question.model_copy(update={"guardrails": (guardrail,)})
+
+
+def slowed(sweep, frac, arm="grown"):
+    records = [
+        r.model_copy(update={"reference_ms": 10.0 * (1 + frac)}) if r.arm == arm else r
+        for r in sweep.records
+    ]
+    return type(sweep)(records, sweep.registration)
+
+
+@pytest.mark.parametrize(
+    ("frac", "metric", "reasons"),
+    [
+        (0.029, "train_seconds", 0), (0.031, "train_seconds", 1), (-0.031, "train_seconds", 1),
+        (0.5, "parameters", 0), (math.nan, "train_seconds", 1), (0.031, "decisions_per_s", 1),
+    ],
+)  # fmt: skip
+def test_a_machine_that_was_slower_beside_one_arm_spoils_times_alone(
+    healthy, frac, metric, reasons
+):
+    found = check_drift(
+        slowed(healthy, frac).records, healthy.registration.question, timed(healthy, metric)
+    )
+    assert len(found) == reasons
+
+
+def test_times_without_the_machines_speed_are_not_judged(healthy):
+    bare = [r.model_copy(update={"reference_ms": None}) for r in healthy.records]
+    (reason,) = check_drift(bare, healthy.registration.question, timed(healthy))
+    assert "the reference workload must be measured beside every trial" in reason
+
+
+def test_a_drift_makes_a_verdict_unhealthy(plant):
+    guardrail = Guardrail(metric="train_seconds", margin=0.5, relative=True)
+    sweep = plant(VALUES, guardrails=[guardrail])
+    assert sweep.primary().verdict == "WIN"
+    verdict = slowed(sweep, 0.05).primary()
+    assert verdict.verdict == "UNHEALTHY"
+    assert "took +5.0% beside 'grown' against 'host'" in verdict.reasons[0]

@@ -9,6 +9,7 @@ from esper.config.sweep import Guardrail
 from esper.evidence.paired import one_sided
 from esper.evidence.planning import (
     Assumed,
+    collapsed_runs,
     equivalence_power,
     outlook,
     pairs_to_equivalence,
@@ -117,6 +118,12 @@ def test_a_pilot_gives_means_deviations_and_margins_as_a_verdict_has_them(plant)
         verdict.mean_difference, verdict.guardrails[0].mean_difference
     )  # fmt: skip
     assert goal.dz() == pytest.approx(verdict.cohen_dz)
+
+
+def test_a_pilot_counts_the_collapsed_runs_of_the_arms_that_it_compares(plant):
+    nan = math.nan
+    sweep = plant({"b": [1.0, nan, 4.0], "a": [0.5, 1.0, 2.0], "other": [nan, nan, 1.0]})
+    assert collapsed_runs(sweep.records, sweep.registration) == (1, 6)
 
 
 @pytest.mark.parametrize("bad", [{"mean": math.nan}, {"sd": -1.0}, {"margin": math.inf}])

@@ -25,6 +25,7 @@ from esper.evidence.verify import (
     verdict_name,
     verify,
 )
+from esper.release.rollout import read_measured
 
 PAIRS = 12
 BASE = [0.10 + 0.01 * k for k in range(PAIRS)]
@@ -75,8 +76,12 @@ class Stored:
             update = {
                 "registration_hash": digest,
                 "order": order,
-                "curves": {"step": [50.0], "score_curve": [record.metrics["score"]]},
-            }
+                "curves": {
+                    "step": [50.0], "score_curve": [record.metrics["score"]],
+                    "train_loss": [record.metrics["score"]],
+                },
+                "outputs": [[record.metrics["score"], 1.0], [0.0, record.metrics["score"]]],
+            }  # fmt: skip
             write_json(
                 folder / "trials" / f"{record.trial_id}.json", record.model_copy(update=update)
             )
@@ -336,4 +341,37 @@ def test_a_plan_takes_its_numbers_from_a_pilot_that_is_verified(stored):
     assert "score: effect 0.2165" in done.stdout
     stored.edit("trials/host-003.json", r'"score": 0\.13', '"score": 0.14')
     refused = esper("ab", "plan", "--from", stored.folder)
-    assert (refused.exit_code, "it must be verified" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "a pilot must be verified" in refused.stderr) == (2, True)
+
+
+def test_wins_and_losses_of_a_verified_sweep_are_a_gates_quantities(stored, tmp_path):
+    file = tmp_path / "measured.json"
+    done = esper("ab", "verify", stored.folder, "--measured", file)
+    assert done.exit_code == 0, done.stderr
+    measured = read_measured([file])
+    assert {k: q.value for k, q in measured.quantities.items()} == {
+        "esper_wins_over_host": 1, "esper_losses_to_host": 0,
+        "esper_wins_over_final": 0, "esper_losses_to_final": 0,
+        "esper_wins_over_searched": 1, "esper_losses_to_searched": 0,
+    }  # fmt: skip
+    assert measured.ended_at == max(r.ended_at for r in read_records(stored.folder))
+    file.unlink()
+    stored.edit("trials/host-003.json", r'"score": 0\.13', '"score": 0.14')
+    refused = esper("ab", "verify", stored.folder, "--measured", file)
+    assert (refused.exit_code, file.exists()) == (2, False)
+    assert "a measurement must be verified" in refused.stderr
+
+
+def test_similarity_is_told_from_the_records_beside_the_controls_own_noise(stored, tmp_path):
+    file = tmp_path / "alike.json"
+    done = esper("ab", "similarity", stored.folder, "--noise", "final", "--json", file)
+    assert done.exit_code == 0, done.stderr
+    assert "esper against host, 12 pairs" in done.stdout
+    assert "within the control's own noise: no" in done.stdout
+    alike, searched = json.loads(file.read_text())["comparisons"]
+    assert (alike["control"], searched["control"]) == ("host", "searched")
+    assert alike["outputs"]["max_abs"] == pytest.approx(0.2 + 0.003 * 11)
+    assert alike["noise_outputs"]["max_abs"] == pytest.approx(0.21)
+    assert (alike["parted"], alike["noise_parted"]) == ([1] * 12, [1] * 12)
+    unknown = esper("ab", "similarity", stored.folder, "--noise", "nobody")
+    assert (unknown.exit_code, "arms must be among" in unknown.stderr) == (2, True)

@@ -7,23 +7,27 @@ from pathlib import Path
 import pytest
 import torch
 
+from esper.controller import Shield
 from esper.controller.heuristic import HeuristicController
 from esper.evidence import planning
-from esper.regress import exact, numerics, rules, training
+from esper.regress import compiled, exact, kernels, numerics, rules, shield, training
 from esper.regress.finding import Finding
 from esper.regress.suite import checks, run_checks
 from esper.release import snapshot
 from esper.release.judge import Decision, GateEvidence, judge_gate
 from esper.release.phases import load_migration
 from esper.seeds import kasmina, legacy, lifecycle, loop
-from esper.seeds.actions import Cull, Promote
+from esper.seeds.actions import Advance, Cull, Promote
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.state import SeedState, Stage
 from esper.training.trainer import Trainer
 from esper_kernels import Phi
+from esper_kernels.ops import chunk, pool_step, span
 from esper_kernels.reference import backward as reference
 
 ROOT = Path(__file__).parents[3]
+# interpreted on a CPU, as `conftest.py` says
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {
     "transitions": lambda: exact.transitions(20_000),
     "commanded_lattice": lambda: exact.commanded_lattice(5_000),
@@ -35,6 +39,9 @@ SMALL = {
     "shapes": lambda: numerics.shapes(40),
     "outputs": lambda: numerics.outputs((7,)),
     "laws": lambda: numerics.laws(3),
+    "kernels": lambda: kernels.kernels(DEVICE, quick=True),
+    "recompilations": lambda: compiled.recompilations(),
+    "vetoes": lambda: shield.vetoes(2),
     "flags": lambda: rules.flags(500),
     "false_wins": lambda: rules.false_wins(500),
     "equivalence": lambda: training.equivalence(5),
@@ -45,12 +52,12 @@ def test_the_small_suite_has_every_check():
     assert SMALL.keys() == checks(quick=True, device="cpu").keys()
 
 
-def slow_if_trained(*values):
-    """Whole trainings take their time."""
-    return pytest.param(*values, marks=[pytest.mark.slow] if values[0] == "equivalence" else [])
+def slow(*values, names=("equivalence",)):
+    """Whole trainings, interpreted kernels and compilers take their time."""
+    return pytest.param(*values, marks=[pytest.mark.slow] if values[0] in names else [])
 
 
-@pytest.mark.parametrize("name", [slow_if_trained(name) for name in SMALL])
+@pytest.mark.parametrize("name", [slow(name) for name in SMALL])
 def test_healthy_code_passes(name):
     found = SMALL[name]()
     assert found.problems == ()
@@ -220,6 +227,75 @@ def the_loop_is_not_its_own_twin(patch):
     of_loop(patch, lambda y, _: y * (1 + 1e-6 * math.sin(next(calls))))
 
 
+def a_kernel_is_off_by_a_thousandth(patch):
+    real = chunk.forward
+
+    def forward(*args):
+        y, stats = real(*args)
+        return y * 1.001, stats
+
+    patch.setattr(chunk, "forward", forward)
+
+
+def a_kernel_forgets_a_gradient(patch):
+    real = span.backward
+
+    def backward(*args):
+        dx, dw_in, db, *rest = real(*args)
+        return dx, dw_in, torch.zeros_like(db), *rest
+
+    patch.setattr(span, "backward", backward)
+
+
+def the_optimizers_kernel_leaves_grafts_where_they_are(patch):
+    real = pool_step.launch
+
+    def launch(pool, flags, ramp, *rest):
+        real(pool, flags, ramp._replace(alpha=ramp.alpha.clone()), *rest)
+
+    patch.setattr(pool_step, "launch", launch)
+
+
+def a_stage_change_is_a_change_of_code(patch):
+    real_enter, real_forward = KasminaLayer.on_enter, KasminaLayer.forward
+
+    def on_enter(self, seeds, stage, loss):
+        real_enter(self, seeds, stage, loss)
+        # once a life, or the compiler gives up and raises
+        self.planted = getattr(self, "planted", False) or stage is Stage.FINE_TUNING
+
+    def forward(self, *args):
+        y = real_forward(self, *args)
+        return y + 0 if getattr(self, "planted", False) else y
+
+    patch.setattr(KasminaLayer, "on_enter", on_enter)
+    patch.setattr(KasminaLayer, "forward", forward)
+
+
+def a_compiled_layer_does_nothing(patch):
+    real = KasminaLayer.forward
+
+    def forward(self, h, source=None):
+        return h if torch.compiler.is_compiling() else real(self, h, source)
+
+    patch.setattr(KasminaLayer, "forward", forward)
+
+
+def a_shut_gate_lets_through(patch):
+    real = Shield.decide
+
+    def decide(self, report):
+        allowed = real(self, report)
+        shut = [
+            v.action for v in self.vetoes
+            if v.interval == report.interval and isinstance(v.action, Advance)
+            and " is shut" in v.reason
+        ]  # fmt: skip
+        return [*allowed, *shut[:1]]
+
+    patch.setattr(Shield, "decide", decide)
+
+
 def a_bucket_is_not_kept(patch):
     numbers = itertools.count()
     patch.setattr(snapshot, "_bucket", lambda prefix, model: next(numbers) * 7_919 % 10_000)
@@ -258,6 +334,12 @@ FAULTS = [
     ("outputs", an_old_seed_is_off_by_a_thousandth),
     ("laws", a_seed_hangs_on_its_place),
     ("laws", a_row_hangs_on_its_batch),
+    ("kernels", a_kernel_is_off_by_a_thousandth),
+    ("kernels", a_kernel_forgets_a_gradient),
+    ("kernels", the_optimizers_kernel_leaves_grafts_where_they_are),
+    ("recompilations", a_stage_change_is_a_change_of_code),
+    ("recompilations", a_compiled_layer_does_nothing),
+    ("vetoes", a_shut_gate_lets_through),
     ("flags", a_bucket_is_not_kept),
     ("flags", a_full_share_leaves_some_out),
     ("false_wins", p_values_are_halved),
@@ -268,7 +350,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(
     ("name", "fault"),
-    [slow_if_trained(*f) for f in FAULTS],
+    [slow(*f, names=("equivalence", "kernels", "recompilations")) for f in FAULTS],
     ids=lambda v: getattr(v, "__name__", v),
 )
 def test_a_planted_fault_is_caught(name, fault, monkeypatch):
