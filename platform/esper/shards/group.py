@@ -26,6 +26,7 @@ from esper.environment import code_hash
 from esper.seeds.actions import Action, Rollback
 from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
+from esper.shards.affinity import stay_near
 from esper.shards.errors import (
     NoRoomError,
     ReplicasDifferError,
@@ -65,6 +66,7 @@ class ShardActor:
 
     def build(self, spec: ShardSpec, replica: Replica | None) -> None:
         """Make the shard; one of several meets the others."""
+        stay_near(spec.config.device)
         if replica is None:
             self._shard = KasminaShard(spec)
             return
@@ -128,11 +130,14 @@ class ShardGroup:
             self.pids = [pid for pid, _, _ in where]
             _require_same_code([code for _, _, code in where])
             replicas = [
-                Replica(rank, config.count, where[0][1], config.timeout_s)
+                Replica(
+                    rank, config.count, where[0][1], config.timeout_s,
+                    int(config.bucket_mib * 2**20),
+                )
                 if config.count > 1
                 else None
                 for rank in range(config.count)
-            ]
+            ]  # fmt: skip
             self._collect(
                 "build",
                 [a.build.remote(spec, r) for a, r in zip(self._actors, replicas, strict=True)],
