@@ -37,7 +37,11 @@ def stay_on(cpus: frozenset[int]) -> frozenset[int]:
     """The same for some CPUs, as far as this process may use them."""
     allowed = cpus & os.sched_getaffinity(0)
     if allowed:
-        os.sched_setaffinity(0, allowed)
+        try:
+            os.sched_setaffinity(0, allowed)
+        except PermissionError:
+            # a container may forbid it, and a run is worth more than its place
+            return frozenset()
         logging.getLogger(__name__).info("on the CPUs %s, near the GPU", sorted(allowed))
     return frozenset(allowed)
 
