@@ -86,13 +86,18 @@ class GPT(nn.Module):
         self.apply(_initialise)
         self.head.weight = self.token.weight
 
-    def forward(self, tokens_BT: Tensor, next_BT: Tensor) -> Tensor:
-        """Cross-entropy in nats."""
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """Of the next token, `[B, T, V]`."""
         positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         x_BTD = self.token(tokens_BT) + self.position(positions)
         for block in self.blocks:
             x_BTD = block(x_BTD)
-        logits = self.head(self.norm(x_BTD))
+        y: Tensor = self.head(self.norm(x_BTD))
+        return y
+
+    def forward(self, tokens_BT: Tensor, next_BT: Tensor) -> Tensor:
+        """Cross-entropy in nats."""
+        logits = self.logits(tokens_BT)
         return F.cross_entropy(logits.flatten(0, 1).float(), next_BT.flatten())
 
 

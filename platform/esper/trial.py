@@ -315,7 +315,7 @@ class Trial:
         data. Nothing is pickled. `esper.load` reads the model and its lattice from it, too.
 
         Args:
-            folder: Where.
+            folder: Where: a folder, or a URI (`s3://bucket/name`).
             wait: Until it is written; otherwise the trial may go on meanwhile, and what goes wrong
                 is raised by the next call or by `settle` of the shard.
 
@@ -360,7 +360,6 @@ class Trial:
                 or data that its own configuration gives now.
             ConfigError: If that configuration is not valid any more.
         """
-        folder = Path(folder)
         manifest = read_manifest(folder)
         if "trial" not in manifest:
             raise CheckpointError(
@@ -465,7 +464,7 @@ class Trial:
 
 def run_through(
     trial: Trial,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     *,
     every: int = 10,
     retries: int = 0,

@@ -16,6 +16,7 @@ from pathlib import Path
 from socket import gethostname
 
 from esper.environment import code_hash, versions
+from esper.surgery.checkpoint_place import place_of
 
 SERVER_ADVICE = """\
 A server that the cluster reaches (docs/cluster.md says where it keeps what):
@@ -152,16 +153,19 @@ def _command(given: argparse.Namespace, results: Path, uri: str) -> list[str]:
 def _run_command(given: argparse.Namespace, folder: Path, uri: str) -> list[str]:
     """`esper run`; from the checkpoint that the same command left, if there is one."""
     common = ["--tracking-uri", uri]
-    if not folder.is_dir():
-        print(f"checkpoints in {folder}", flush=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        return ["run", str(given.config), "--checkpoint", str(folder), *common, *given.rest]
-    print(f"going on from the checkpoint in {folder}", flush=True)
+    named = argparse.ArgumentParser(allow_abbrev=False)
+    named.add_argument("--checkpoint", default=str(folder))
+    found, rest = named.parse_known_args(given.rest)
+    where = found.checkpoint
+    if not place_of(where).names():
+        print(f"checkpoints in {where}", flush=True)
+        return ["run", str(given.config), "--checkpoint", where, *common, *rest]
+    print(f"going on from the checkpoint in {where}", flush=True)
     beginning = argparse.ArgumentParser()
     beginning.add_argument("--seed")
     beginning.add_argument("--replay")
-    _, rest = beginning.parse_known_args(given.rest)
-    return ["run", "--resume", str(folder), *common, *rest]
+    _, rest = beginning.parse_known_args(rest)
+    return ["run", "--resume", where, *common, *rest]
 
 
 def _placed(text: str, output_dir: str, tracking_uri: str) -> str:

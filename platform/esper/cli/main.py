@@ -174,13 +174,14 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Random seed of everything; 0.")] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Folder in which the run's state is kept.")
+        str | None,
+        typer.Option(help="Where the run's state is kept: a folder, or s3://BUCKET/NAME."),
     ] = None,
     every: Annotated[
         int, typer.Option(min=1, help="Intervals from one checkpoint to the next.")
     ] = 10,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with the run whose checkpoint is in this folder.")
+        str | None, typer.Option(help="Go on with the run whose checkpoint is there.")
     ] = None,
     replay: Annotated[
         Path | None, typer.Option(help="Record of a run whose decisions are taken again.")

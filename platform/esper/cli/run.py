@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def run_once(
     trial: "Trial",
-    checkpoint: Path | None,
+    checkpoint: str | None,
     every: int,
     save: Path | None,
     tracking_uri: str,
@@ -57,7 +57,7 @@ def run_once(
         console.print(f"{error}\nthe run goes on", soft_wrap=True)
 
     with TemporaryDirectory() as scratch:
-        folder = checkpoint or (Path(scratch) if retries else None)
+        folder = checkpoint or (scratch if retries else None)
         trial, record = run_through(
             trial, folder, every=every, retries=retries, again=again, on_interval=show,
             on_lost=lost, on_unwritten=unwritten if goes_on else None,
@@ -141,7 +141,7 @@ def new_trial(config_path: Path, seed: int, replay: Path | None, shards: "Shards
     return Trial(config, spec, replayed=replayed, shards=shards)
 
 
-def resumed_trial(folder: Path, shards: "Shards") -> "Trial":
+def resumed_trial(folder: str, shards: "Shards") -> "Trial":
     """The trial of a checkpoint, where it stopped.
 
     Raises:
@@ -154,7 +154,7 @@ def resumed_trial(folder: Path, shards: "Shards") -> "Trial":
     here = fingerprint(trial.config.device)["code_hash"]
     theirs = trial.spec.fingerprint.code_hash
     if here != theirs:
-        raise ConfigError(str(folder), (
+        raise ConfigError(folder, (
             f"the checkpoint must be continued by the code that wrote it ({theirs[:12]}), but "
             f"this is {here[:12]}; install that version, or load the model with esper.load.",
         ))  # fmt: skip

@@ -24,6 +24,10 @@ class ShardsConfig(Config):
     timeout_s: PositiveFloat = Field(
         600.0, description="A shard that does not answer a call for so long is given up."
     )
+    bucket_mib: PositiveFloat = Field(
+        25.0, description="MiB of gradients that travel in one message while others are still "
+        "computed; a model with fewer sends one message a step.",
+    )  # fmt: skip
     on_loss: Literal["retry", "shrink", "fail"] = Field(
         "retry", description="When a shard is lost, or shards do not agree. retry: go on from the "
         "last checkpoint with as many new ones. shrink: with fewer, if there is no room for all; "

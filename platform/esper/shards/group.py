@@ -26,6 +26,7 @@ from esper.environment import code_hash
 from esper.seeds.actions import Action, Rollback
 from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
+from esper.shards.affinity import stay_near
 from esper.shards.errors import (
     NoRoomError,
     ReplicasDifferError,
@@ -34,6 +35,7 @@ from esper.shards.errors import (
 )
 from esper.shards.replica import Replica, ReplicaTrainer
 from esper.shards.shard import Health, KasminaShard, Shards, ShardSpec
+from esper.surgery.checkpoint_place import absolute
 from esper.training.snapshot import Place
 
 # a process that imports torch may take long to start on a busy machine
@@ -64,6 +66,7 @@ class ShardActor:
 
     def build(self, spec: ShardSpec, replica: Replica | None) -> None:
         """Make the shard; one of several meets the others."""
+        stay_near(spec.config.device)
         if replica is None:
             self._shard = KasminaShard(spec)
             return
@@ -127,11 +130,14 @@ class ShardGroup:
             self.pids = [pid for pid, _, _ in where]
             _require_same_code([code for _, _, code in where])
             replicas = [
-                Replica(rank, config.count, where[0][1], config.timeout_s)
+                Replica(
+                    rank, config.count, where[0][1], config.timeout_s,
+                    int(config.bucket_mib * 2**20),
+                )
                 if config.count > 1
                 else None
                 for rank in range(config.count)
-            ]
+            ]  # fmt: skip
             self._collect(
                 "build",
                 [a.build.remote(spec, r) for a, r in zip(self._actors, replicas, strict=True)],
@@ -210,7 +216,7 @@ class ShardGroup:
 
     def checkpoint(self, folder: str | Path, content: Mapping[str, Any], wait: bool = True) -> None:
         """Have the first shard write what all of them can be restored from."""
-        self._ask_first("checkpoint", _absolute(folder), content, wait=wait)
+        self._ask_first("checkpoint", absolute(folder), content, wait=wait)
 
     def settle(self) -> None:
         """See `KasminaShard.settle`."""
@@ -218,11 +224,11 @@ class ShardGroup:
 
     def restore(self, folder: str | Path, execution: Execution | None = None) -> None:
         """Restore all shards; the folder must be reachable from their nodes."""
-        self._ask("restore", _absolute(folder), execution)
+        self._ask("restore", absolute(folder), execution)
 
     def save(self, folder: str | Path) -> None:
         """Have the first shard write the model."""
-        self._ask_first("save", _absolute(folder))
+        self._ask_first("save", absolute(folder))
 
     def where(self) -> tuple[str, dict[str, str]]:
         """See `KasminaShard.where`; several kinds of devices are all named."""
@@ -339,11 +345,6 @@ def _is_memory(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")
-
-
-def _absolute(folder: str | Path) -> Path:
-    # an actor has a working directory of its own
-    return Path(folder).resolve()
 
 
 def _require_room(need: Mapping[str, float], count: int) -> None:

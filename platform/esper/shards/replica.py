@@ -1,8 +1,9 @@
 """Data-parallel training: every replica has the whole model and its part of each batch.
 
-Gradients are averaged before the optimizer steps, the loss and the telemetry before they are
-reported, so that all replicas take the same step and tell the same. What is evaluated or measured
-on a fixed set of samples is computed by each replica alone: the same everywhere.
+Gradients are averaged while the backward pass goes on (`esper.shards.averaging`), the loss and the
+telemetry before they are reported, so that all replicas take the same step and tell the same. What
+is evaluated or measured on a fixed set of samples is computed by each replica alone: the same
+everywhere.
 
 The mean of the replicas' gradients is that of the whole batch, but for seeds that learn alone: the
 isolated objective is a quotient of two sums over the batch, and what they get is the mean of the
@@ -10,6 +11,8 @@ replicas' quotients. Hosts that draw random numbers in their forward pass draw t
 every replica, each for its own part.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from esper.seeds import telemetry
 from esper.seeds.report import Report
+from esper.shards.averaging import Averaging
 from esper.shards.errors import ShardLostError
 from esper.training.tasks import Split
 from esper.training.trainer import Trainer
@@ -34,12 +38,14 @@ class Replica:
         count: Of how many.
         address: Where they meet: `tcp://host:port`, served by rank 0.
         timeout_s: How long they wait for each other.
+        bucket_bytes: Gradients in one message, unless one alone is larger.
     """
 
     rank: int
     count: int
     address: str
     timeout_s: float
+    bucket_bytes: int
 
     def join(self, device: str) -> None:
         """Meet the others; once a process. NCCL between GPUs, gloo between CPUs."""
@@ -57,11 +63,48 @@ class Replica:
         Raises:
             ShardLostError: If another replica does not answer.
         """
-        try:
-            dist.all_reduce(tensor)
-        except RuntimeError as error:
-            raise ShardLostError((self.rank,), f"lost touch with the others: {error}") from error
+        self.start_sum(tensor).wait()
         return tensor.div_(self.count)
+
+    def start_sum(self, tensor: Tensor) -> "Sum":
+        """Begin to sum over all replicas, in place; the same bits on each.
+
+        Raises:
+            ShardLostError: If another replica does not answer, now or when it is waited for.
+        """
+        with _telling(self.rank):
+            work = dist.all_reduce(tensor, async_op=True)
+        return Sum(self.rank, work)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum on its way.
+
+    Attributes:
+        rank: Of the replica that waits for it.
+        work: Of torch.
+    """
+
+    rank: int
+    work: Any
+
+    def wait(self) -> None:
+        """Until the tensor holds it; on a GPU, until what is computed next would see it.
+
+        Raises:
+            ShardLostError: If another replica does not answer.
+        """
+        with _telling(self.rank):
+            self.work.wait()
+
+
+@contextmanager
+def _telling(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ShardLostError((rank,), f"lost touch with the others: {error}") from error
 
 
 class ReplicaTrainer(Trainer):
@@ -91,40 +134,28 @@ class ReplicaTrainer(Trainer):
                     f"'{name}' is a {type(module).__name__}; use LayerNorm or GroupNorm, or one "
                     "shard."
                 )
-        # of each parameter of a pool, by its id, the seeds that learn in this interval
-        self._learning: dict[int, Tensor] = {}
-        self.optimizer.register_step_pre_hook(self._average_gradients)
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._averaging = Averaging(params, replica.count, replica.bucket_bytes, replica.start_sum)
+        self.optimizer.register_step_pre_hook(lambda *_: self._averaging.finish())
 
     def run_interval(self, steps: int | None = None) -> Report:
         """Train for some steps and report; see `Trainer.run_interval`."""
         # stages change between intervals alone, so that the device is asked once
         layers = [attached.layer for attached in self.lattice.attached.values()]
         rows = [(layer, layer.trainable.nonzero()[:, 0]) for layer in layers]
-        self._learning = {id(p): learning for layer, learning in rows for p in layer.pool()}
+        # seeds that do not learn are not moved
+        self._averaging.plan({id(p): learning for layer, learning in rows for p in layer.pool()})
         return super().run_interval(steps)
+
+    def _step(self, step: int) -> Tensor:
+        self._averaging.begin()
+        return super()._step(step)
 
     def _next_batch(self) -> Split:
         x, y = super()._next_batch()
         rows = len(x) // self._replica.count
         part = slice(self._replica.rank * rows, (self._replica.rank + 1) * rows)
         return x[part], y[part]
-
-    @torch.no_grad()
-    def _average_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        grads = [
-            (p.grad, self._learning.get(id(p)))
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        for dtype in dict.fromkeys(g.dtype for g, _ in grads):
-            some = [(g, rows) for g, rows in grads if g.dtype == dtype]
-            # one message, since each costs a round trip; seeds that do not learn are not moved
-            sent = [g if rows is None else g[rows] for g, rows in some]
-            mean = self._replica.mean(torch.cat([g.reshape(-1) for g in sent]))
-            parts = mean.split([g.numel() for g in sent])
-            for (grad, rows), own, part in zip(some, sent, parts, strict=True):
-                grad[slice(None) if rows is None else rows] = part.view_as(own)
 
     @torch.no_grad()
     def _report(self, loss: float) -> Report:

@@ -277,7 +277,7 @@ class KasminaShard:
         One is written after the other.
 
         Args:
-            folder: Where.
+            folder: Where: a folder, or a URI (`s3://bucket/name`).
             content: What else is to be kept with it, as JSON; must not change until it is written.
             wait: Until it is written; otherwise only until the tensors are copied, and what goes
                 wrong after that is raised by the next call of this method or of `settle`.
@@ -289,7 +289,7 @@ class KasminaShard:
         self.settle()
         tensors, own = checkpoint.pack(self.trainer)
         taken, whole = copies(tensors), {**own, **content}
-        self._writing = self._writer.submit(write_copies, Path(folder), taken, whole)
+        self._writing = self._writer.submit(write_copies, folder, taken, whole)
         if wait:
             self.settle()
 
@@ -318,7 +318,6 @@ class KasminaShard:
         self.settle()
         if execution is not None:
             self.trainer.execute(execution)
-        folder = Path(folder)
         checkpoint.unpack(folder, *read_checkpoint(folder), self.trainer)
 
     def save(self, folder: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint: safetensors and JSON, checked, atomic.
+"""The folder of a checkpoint: safetensors and JSON, checked, atomic; here or in a store.
 
 It holds `manifest.json` and one `tensors-<sha256>.safetensors`. The tensors are written first,
 under a name that is their own hash; replacing the manifest is the one step that makes the new
@@ -8,7 +8,7 @@ While it is written there must be room for both. Nothing is ever unpickled.
 
 import hashlib
 import json
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -16,7 +16,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from esper.atomic import write_atomically
+from esper.surgery.checkpoint_place import Place, Where, place_of
 
 FORMAT = "esper-checkpoint"
 VERSION = 1
@@ -47,11 +47,11 @@ def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+def write_checkpoint(folder: Where, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
     """Write a checkpoint; a former one in the same folder is replaced.
 
     Args:
-        folder: Made if it does not exist.
+        folder: A path or URI; made if it does not exist.
         tensors: By name; they may share memory.
         content: Whatever else is to be kept, as JSON.
 
@@ -63,9 +63,10 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], content: dict[str
     write_copies(folder, copies(tensors), content)
 
 
-def write_copies(folder: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+def write_copies(folder: Where, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
     """Write a checkpoint of what `copies` returned; see `write_checkpoint`."""
-    _require_ours(folder)
+    place = place_of(folder)
+    _require_ours(folder, place)
     payload = to_bytes(tensors)
     digest = hashlib.sha256(payload).hexdigest()
     manifest = {
@@ -77,42 +78,44 @@ def write_copies(folder: Path, tensors: dict[str, Tensor], content: dict[str, An
     }
     manifest["manifest_sha256"] = _hash_json(manifest)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         # what a crash left would take the room of what is to come
-        _clean(folder)
+        _clean(folder, place)
         try:
-            write_atomically(folder / str(manifest["tensors"]), payload)
-            write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+            place.write(str(manifest["tensors"]), payload)
+            place.write(MANIFEST, json.dumps(manifest, indent=1).encode())
         finally:
             # either the former checkpoint's tensors or those of the one that failed
-            _clean(folder)
+            _clean(folder, place)
     except OSError as error:
         raise CheckpointNotWrittenError(str(folder), error.strerror or str(error)) from error
 
 
-def _clean(folder: Path) -> None:
+def _clean(folder: Where, place: Place) -> None:
     """Remove what does not belong to the checkpoint that is valid now."""
+    names = place.names()
     kept = {MANIFEST}
-    if (folder / MANIFEST).exists():
+    if MANIFEST in names:
         kept.add(read_manifest(folder)["tensors"])
-    for path in folder.iterdir():
-        if path.name not in kept and _is_leftover(path):
-            path.unlink()
+    for name in names:
+        if name not in kept and _is_leftover(name):
+            place.remove(name)
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_checkpoint(folder: Where) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content and the tensors of a checkpoint, after every check.
 
     Raises:
         CheckpointError: If the folder is no checkpoint or is damaged.
     """
     manifest = read_manifest(folder)
-    file = folder / Path(manifest["tensors"]).name
+    name = PurePath(manifest["tensors"]).name
+    file = f"{folder}/{name}"
     try:
-        payload = file.read_bytes()
+        payload = place_of(folder).read(name)
     except OSError as error:
         raise CheckpointError(
-            f"{file} must be readable, but: {error.strerror}; restore the checkpoint's folder."
+            f"{file} must be readable, but: {error.strerror or error}; restore the checkpoint's "
+            "folder."
         ) from None
     digest = hashlib.sha256(payload).hexdigest()
     if digest != manifest["tensors_sha256"]:
@@ -126,36 +129,39 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{file} must be a safetensors file, but: {error}.") from None
 
 
-def _require_ours(folder: Path) -> None:
+def _require_ours(folder: Where, place: Place) -> None:
     """Refuse a folder that holds anything but a checkpoint or what a crash left of its first."""
-    if not folder.exists():
-        return
-    if folder.is_dir() and not (folder / MANIFEST).exists():
-        foreign = [p.name for p in folder.iterdir() if not _is_leftover(p)]
-        if not foreign:
-            return
+    try:
+        names = place.names()
+    except NotADirectoryError as error:
+        raise CheckpointError(
+            f"{folder} must be a checkpoint folder or a new one to be saved to, but: "
+            f"{error.strerror}; choose another name."
+        ) from None
+    except OSError as error:
+        raise CheckpointNotWrittenError(str(folder), error.strerror or str(error)) from error
+    if MANIFEST in names:
+        read_manifest(folder)
+    elif foreign := [name for name in names if not _is_leftover(name)]:
         raise CheckpointError(
             f"{folder} must be a checkpoint or an empty folder to be saved to, but holds "
             f"{', '.join(sorted(foreign)[:3])}; choose another folder."
         )
-    read_manifest(folder)
 
 
-def _is_leftover(path: Path) -> bool:
-    return path.name.startswith("tensors-") or (
-        path.name.startswith(MANIFEST) and path.name.endswith(".tmp")
-    )
+def _is_leftover(name: str) -> bool:
+    return name.startswith("tensors-") or (name.startswith(MANIFEST) and name.endswith(".tmp"))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Where) -> dict[str, Any]:
     """The content of a checkpoint without its tensors.
 
     Raises:
         CheckpointError: If the folder is no checkpoint, or its manifest is damaged.
     """
-    file = folder / MANIFEST
+    file = f"{folder}/{MANIFEST}"
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(place_of(folder).read(MANIFEST))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder} must be a checkpoint folder with a readable {MANIFEST}, but: {error}."

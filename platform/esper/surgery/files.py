@@ -73,7 +73,7 @@ def load(
     The whole checkpoint is read and checked before the model or the optimizer is touched.
 
     Args:
-        path: Folder of the checkpoint.
+        path: Folder of the checkpoint, or its URI (`s3://bucket/name`).
         model: A host without a lattice, or with one that has the same sites.
         optimizer: Restored too if given. It must hold the model's parameters, so attach the
             lattice first (or load twice: without it, then build the optimizer, then with it).
@@ -84,7 +84,7 @@ def load(
     Raises:
         CheckpointError: If the folder is no checkpoint, is damaged, or does not fit.
     """
-    manifest, tensors = read_checkpoint(Path(path))
+    manifest, tensors = read_checkpoint(path)
     return unpack(path, manifest, tensors, model, lattice_of(model), optimizer)
 
 

@@ -33,7 +33,7 @@ def pack(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack(
-    path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor], trainer: Trainer
+    path: str | Path, manifest: dict[str, Any], tensors: dict[str, Tensor], trainer: Trainer
 ) -> None:
     """Bring a new trainer of the same task, host and lattice to where the saved one was.
 

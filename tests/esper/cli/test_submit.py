@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,13 @@ import yaml
 from typer.testing import CliRunner
 
 from esper.cli import upload
+from esper.cli.job import _run_command
 from esper.cli.job import main as job_main
 from esper.cli.main import app
 from esper.cli.upload import read_job
 from esper.config.base import ConfigError
 from esper.environment import PACKAGES
+from esper.surgery.checkpoint_folder import write_checkpoint
 
 ROOT = Path(__file__).parents[3]
 CLI = [sys.executable, "-c", "from esper_experiments.entry import main; main()"]
@@ -416,6 +419,17 @@ def test_what_cannot_travel(folder, also, plugins, message):
     config = write(folder / "run.yaml", {**RUN, "plugins": plugins})
     with pytest.raises(ConfigError, match=message):
         read_job(config, [Path(name) for name in also])
+
+
+def test_a_runs_checkpoint_may_lie_where_its_options_say(tmp_path):
+    state = tmp_path / "elsewhere"
+    given = Namespace(config=Path("r.yaml"), rest=["--seed", "3", "--checkpoint", str(state)])
+    tracked = ["--tracking-uri", "sqlite:///m.db"]
+    first = _run_command(given, tmp_path / "default", tracked[1])
+    assert first == ["run", "r.yaml", "--checkpoint", str(state), *tracked, "--seed", "3"]
+    write_checkpoint(state, {}, {})
+    # seed and decisions are the checkpoint's
+    assert _run_command(given, tmp_path, tracked[1]) == ["run", "--resume", str(state), *tracked]
 
 
 def test_a_password_in_the_tracking_uri_is_refused(folder):

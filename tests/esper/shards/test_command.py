@@ -43,3 +43,17 @@ def test_more_shards_than_the_machine_has_cpus_are_refused(tmp_path, make_config
     done = esper("run", "run.yaml", "--shards", 5000, cwd=tmp_path)
     assert done.returncode == 2
     assert "5000 shards ask for 1 each; ask for less" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_shard_that_ray_ends_for_memory_says_what_to_do(tmp_path, make_config, monkeypatch):
+    """Ray's own monitor, to which this machine is always too full."""
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    config = make_config().model_dump(mode="json", exclude_defaults=True)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    done = esper("run", "run.yaml", "--shards", 1, "--on-loss", "fail", cwd=tmp_path)
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert "shard 0 ran out of memory" in said, said
+    assert "lower train.batch_size" in said

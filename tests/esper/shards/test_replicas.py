@@ -39,12 +39,23 @@ def growth(make_config):
     return make_config().growth.model_dump()
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_shards_decide_as_one_does_and_lose_alike(make_config, spec, growth, count):
+# a message for next to every tensor, and one for all of them
+MANY, ONE = 1e-4, 25.0
+
+
+@pytest.mark.parametrize(
+    ("count", "bucket_mib"),
+    [(2, MANY), pytest.param(2, ONE, marks=pytest.mark.slow),
+     pytest.param(4, MANY, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_several_shards_decide_as_one_does_and_lose_alike(
+    make_config, spec, growth, count, bucket_mib
+):
     config = make_config(growth=growth | TOGETHER)
     one = finished(Trial(config, spec))
     assert len(steps(one)) > 20
-    many = finished(Trial(config, spec, shards=groups(ShardsConfig(count=count))))
+    options = ShardsConfig(count=count, bucket_mib=bucket_mib)
+    many = finished(Trial(config, spec, shards=groups(options)))
     assert steps(many) == steps(one)
     for name in ("train_loss", "held_out_loss", "grad_norm"):
         assert many.curves[name] == pytest.approx(one.curves[name], rel=1e-3), name
@@ -73,16 +84,23 @@ class Recording(Replica):
     """A replica without others, that remembers how many numbers it would have sent."""
 
     def mean(self, tensor):
-        SENT.append(tensor.numel())
         return tensor
+
+    def start_sum(self, tensor):
+        SENT.append(tensor.numel())
+        return self
+
+    def wait(self):
+        """The sum is there."""
 
 
 SENT = []
+BUCKET = 2**20
 
 
 def test_only_seeds_that_learn_send_gradients(make_config):
     spec = ShardSpec(make_config(), 3)
-    trainer = partial(ReplicaTrainer, replica=Recording(0, 1, "tcp://127.0.0.1:1", 1.0))
+    trainer = partial(ReplicaTrainer, replica=Recording(0, 1, "tcp://127.0.0.1:1", 1.0, BUCKET))
     ours, plain = KasminaShard(spec, trainer), KasminaShard(spec)
     host = ours.health().host_parameters
     for actions, seeds in [
@@ -112,7 +130,7 @@ def test_seeds_that_learn_alone_go_their_own_way_but_not_far(make_config, spec):
 def test_a_trial_that_loses_one_of_its_shards_is_the_undisturbed_one(
     make_config, spec, without_times, tmp_path
 ):
-    shards = groups(ShardsConfig(count=2, timeout_s=60.0))
+    shards = groups(ShardsConfig(count=2, timeout_s=60.0, bucket_mib=MANY))
     whole = finished(Trial(make_config(), spec, shards=shards))
     lost = []
 
@@ -151,6 +169,6 @@ NORM = {"name": "factory", "options": {
     (2, {"host": NORM, "lattice": []}, "is a BatchNorm1d; use LayerNorm"),
 ])  # fmt: skip
 def test_what_cannot_be_cut_into_parts_is_refused(make_config, count, changes, what):
-    trainer = partial(ReplicaTrainer, replica=Replica(0, count, "tcp://127.0.0.1:1", 1.0))
+    trainer = partial(ReplicaTrainer, replica=Replica(0, count, "tcp://127.0.0.1:1", 1.0, BUCKET))
     with pytest.raises(ValueError, match=what):
         KasminaShard(ShardSpec(make_config(**changes), 3), trainer)
