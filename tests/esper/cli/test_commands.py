@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors import safe_open
+from typer.testing import CliRunner
+
+from esper.cli.main import app
 
 ROOT = Path(__file__).parents[3]
 CONFIG = {
@@ -115,6 +118,26 @@ def test_a_wrong_config_is_refused_with_its_path_and_rule(tmp_path, config, text
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "cuda.yaml"], 2, "device must exist, but got 'cuda:99'"),
+        (["run", "run.yaml", "--tracking-uri", "file:mlruns"], 3, "a folder of files; name a data"),
+        (["policy", "evaluate", "x", "--reports", "sqlite:///none.db"], 2, "there is no file"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_done(
+    tmp_path, config, monkeypatch, arguments, code, message
+):
+    (tmp_path / "cuda.yaml").write_text(yaml.safe_dump({**CONFIG, "device": "cuda:99"}))
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == code, done.output
+    assert message in done.stderr
+    assert "step 50" not in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cuda.yaml", "run.yaml"]
 
 
 def test_a_missing_config_is_named(tmp_path):
