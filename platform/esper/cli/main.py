@@ -303,7 +303,7 @@ def status(
     sweep: Annotated[
         str | None,
         typer.Argument(
-            metavar="[SWEEP]", help="Its folder, or the beginning of its name; none: the latest."
+            metavar="SWEEP", help="Its folder, or the beginning of its name; none: the latest."
         ),
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of sweeps.")] = Path("runs"),
@@ -350,7 +350,7 @@ def submit_config(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[-- OPTIONS]", help="After --: options of the esper command, such as --seed 3."
+            metavar="-- OPTIONS", help="After --: options of the esper command, such as --seed 3."
         ),
     ] = None,
     address: Address = LOOPBACK,
@@ -386,7 +386,7 @@ JobName = Annotated[str, typer.Argument(metavar="JOB", help="As `esper submit` n
 @submission.command("status")
 @explained
 def submitted_status(
-    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="None: list them.")] = None,
+    job: Annotated[str | None, typer.Argument(metavar="JOB", help="None: list them.")] = None,
     address: Address = LOOPBACK,
 ) -> None:
     """Print the cluster's jobs, or one; the exit code is that of a job which has ended."""
