@@ -357,9 +357,9 @@ def _lattice_steps(
 
 def _legacy_layer(
     layer: KasminaLayer, scale: Scale, device: torch.device, dtype: torch.dtype
-) -> legacy.KasminaLayer:
+) -> legacy.SequentialLayer:
     """The legacy layer with the same seeds, and a linear layer of its own."""
-    old = legacy.KasminaLayer(scale.width, scale.width, scale.seeds).to(device)
+    old = legacy.SequentialLayer(scale.width, scale.width, scale.seeds).to(device)
     weights = [w.detach().to(dtype).unbind() for w in layer.pool()]
     seeds: list[Any] = list(old.seeds)
     for i, seed in enumerate(seeds):

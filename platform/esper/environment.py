@@ -176,21 +176,25 @@ def device_name(device: str) -> str:
         device: `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        ValueError: If `device` is none of these.
-        RuntimeError: If torch sees no such CUDA device.
+        ConfigError: If `device` is none of these, or torch sees no such CUDA device.
     """
     kind, _, index = device.partition(":")
     if device == "cpu":
         return _cpu_name()
+    # here, since this module is loaded where no library may be there
+    from esper.config.base import ConfigError
+
     if kind != "cuda" or not (index.isdecimal() or device == "cuda"):
-        raise ValueError(f"device must be cpu, cuda or cuda:N, but got {device!r}; correct it.")
+        raise ConfigError("device", (
+            f"device must be cpu, cuda or cuda:N, but got {device!r}; correct it.",
+        ))  # fmt: skip
     import torch
 
     if int(index or 0) >= torch.cuda.device_count():
-        raise RuntimeError(
+        raise ConfigError("device", (
             f"device must exist, but got {device!r} and torch sees {torch.cuda.device_count()} "
-            "CUDA devices; run `esper doctor`, or set `device: cpu`."
-        )
+            "CUDA devices; run `esper doctor`, or set `device: cpu`.",
+        ))  # fmt: skip
     return torch.cuda.get_device_name(device)
 
 

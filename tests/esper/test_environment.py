@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from esper import environment
+from esper.config.base import ConfigError
 from esper.evidence.records import Fingerprint
 
 
@@ -158,7 +159,7 @@ def test_an_unknown_device_is_refused(device):
 
 
 def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(RuntimeError, match="device must exist, but got 'cuda:99'"):
+    with pytest.raises(ConfigError, match="device must exist, but got 'cuda:99'"):
         environment.device_name("cuda:99")
 
 

@@ -9,6 +9,7 @@ compare`: 0 nothing is worse, 10 suspected, 20 worse twice, 30 inconclusive. `es
 gives the exit code of its job.
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,11 @@ app = typer.Typer(
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Also write the result to this file.", dir_okay=False)
 ]
+
+
+def _begin(text: str) -> None:
+    """Say what happens while libraries load, which takes seconds; results alone go to stdout."""
+    print(f"{text} ...", file=sys.stderr, flush=True)
 
 
 class _ConfigFirst(TyperGroup):
@@ -222,6 +228,7 @@ def run(
         raise typer.BadParameter("give either CONFIG or --resume FOLDER.")
     if resume is not None and (seed is not None or replay is not None):
         raise typer.BadParameter("--resume takes seed and decisions from the checkpoint alone.")
+    _begin("building the task and the model")
     from esper.cli.run import new_trial, resumed_trial, run_once, shards_of
     from esper.config.base import validate
     from esper.config.shards import ShardsConfig
@@ -256,6 +263,7 @@ def regress(
     ] = Path("runs/regress.json"),
 ) -> None:
     """Hold the legacy way to compute against those that replace it; exit code 1 if any fails."""
+    _begin("loading; a line for each check that has ended")
     from esper.cli.regress import regress
 
     raise typer.Exit(0 if regress(quick, device, only or [], report) else 1)
@@ -324,7 +332,7 @@ def status(
     sweep: Annotated[
         str | None,
         typer.Argument(
-            metavar="[SWEEP]", help="Its folder, or the beginning of its name; none: the latest."
+            metavar="SWEEP", help="Its folder, or the beginning of its name; none: the latest."
         ),
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of sweeps.")] = Path("runs"),
@@ -343,6 +351,7 @@ def doctor(
     json_file: JsonOption = None,
 ) -> None:
     """Check this installation, and say what to do about each problem."""
+    _begin("checking this machine; starting Ray takes most of the ten seconds")
     from esper.cli.doctor import doctor_command
 
     doctor_command(tracking_uri, json_file)
@@ -370,7 +379,7 @@ def submit_config(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[-- OPTIONS]", help="After --: options of the esper command, such as --seed 3."
+            metavar="-- OPTIONS", help="After --: options of the esper command, such as --seed 3."
         ),
     ] = None,
     address: Address = LOOPBACK,
@@ -406,7 +415,7 @@ JobName = Annotated[str, typer.Argument(metavar="JOB", help="As `esper submit` n
 @submission.command("status")
 @explained
 def submitted_status(
-    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="None: list them.")] = None,
+    job: Annotated[str | None, typer.Argument(metavar="JOB", help="None: list them.")] = None,
     address: Address = LOOPBACK,
 ) -> None:
     """Print the cluster's jobs, or one; the exit code is that of a job which has ended."""
@@ -504,6 +513,7 @@ def train(
     tracking_uri: TrackingUri = "sqlite:///mlflow.db",
 ) -> None:
     """Learn from field reports, and say what the policy would have gained in their runs."""
+    _begin("reading field reports")
     from esper.cli.policy import train_policy
 
     train_policy(reports, out, explore, register, tracking_uri)
@@ -517,6 +527,7 @@ def evaluate(
     explore: Explore = 0.1,
 ) -> None:
     """Say how well a policy predicts other field reports, and what such policies gain there."""
+    _begin("reading field reports")
     from esper.cli.policy import evaluate_policy
 
     evaluate_policy(reports, model, explore)
@@ -549,6 +560,7 @@ def monitoring(
 
     The files are read at each scrape. Runs, sweeps and Tamiyo's service serve their own metrics.
     """
+    _begin("reading the files of the migration")
     from esper.cli.monitoring import export
 
     export(flags, baseline, port)
@@ -762,6 +774,7 @@ def run_baseline(
 
     The same command continues an interrupted baseline. Exit code 5 if it is UNHEALTHY.
     """
+    _begin("measuring in fresh processes; a line for each block that has ended")
     from esper.cli.baseline import run_baseline
 
     raise typer.Exit(run_baseline(config, out, targets, commit))
@@ -782,6 +795,7 @@ def compare_baselines(
     Exit code 0 if nothing is worse by its margin, 10 if a metric is suspected, 20 if it is worse
     in --again, too, 30 if something is inconclusive, 5 if nothing can be concluded.
     """
+    _begin("judging both baselines from their processes")
     from esper.cli.baseline import compare_baselines
 
     raise typer.Exit(compare_baselines(before, after, again, report))
@@ -793,6 +807,7 @@ def show_baseline(
     file: StoredBaseline, targets: TargetsFile = None, report: ReportFile = None
 ) -> None:
     """Print a stored baseline; verdicts are computed again from its processes."""
+    _begin("judging the baseline from its processes")
     from esper.cli.baseline import show_baseline
 
     show_baseline(file, report, targets)

@@ -79,7 +79,15 @@ def promote_policy(version: int, tracking_uri: str) -> None:
 
 def _read(sources: Sequence[str]) -> list[FieldReport]:
     from esper.controller.field_reports import FieldReports
+    from esper.tracking.reach import database_path
 
+    for source in sources:
+        path = database_path(source)
+        # opening it would make an empty one
+        if path is not None and not path.exists():
+            raise ConfigError("--reports", (
+                f"reports must be in a database, but there is no file {path}; correct the URL.",
+            ))  # fmt: skip
     reports = [r for source in sources for r in FieldReports(source).read()]
     # one that was stored in two places counts once
     return [*{r.request_id: r for r in reports}.values()]

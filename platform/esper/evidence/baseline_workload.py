@@ -123,7 +123,7 @@ def _kasmina(workload: Workload, seed: int, device: torch.device) -> Built:
 def _legacy(workload: Workload, seed: int, device: torch.device) -> Built:
     layers = []
     for i, linear in enumerate(host(workload, seed)):
-        layer = legacy.KasminaLayer(workload.width, workload.width, workload.seeds_per_layer)
+        layer = legacy.SequentialLayer(workload.width, workload.width, workload.seeds_per_layer)
         layer.default_transform.load_state_dict(linear.state_dict())
         parameters = [list(one.parameters()) for one in layer.seeds]
         weights = seed_weights(workload, i, seed, parameters[0][1].shape[0])

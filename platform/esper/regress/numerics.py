@@ -243,7 +243,7 @@ def outputs(sizes: tuple[int, ...], device: str = "cpu") -> Finding:
     problems, notes, largest = list[str](), list[str](), 0.0
     for num_seeds in sizes:
         torch.manual_seed(num_seeds)
-        old = legacy.KasminaLayer(8, 4 * num_seeds, num_seeds, hidden=4).to(device)
+        old = legacy.SequentialLayer(8, 4 * num_seeds, num_seeds, hidden=4).to(device)
         new = KasminaLayer(4 * num_seeds, num_seeds, hidden=4).to(device).eval()
         kinds = [i for i, n in enumerate(BLUEPRINTS) if "chunk" in BLUEPRINTS[n].geometries]
         new.write_states(

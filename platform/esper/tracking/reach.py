@@ -34,6 +34,10 @@ def require_reachable(tracking_uri: str, timeout_s: float = 5.0) -> None:
             parts = urlsplit(tracking_uri)
             address = (parts.hostname or "localhost", parts.port or DEFAULT_PORTS[scheme])
             socket.create_connection(address, timeout_s).close()
+        elif scheme in ("", "file") and not os.environ.get("MLFLOW_ALLOW_FILE_STORE"):
+            # MLflow would say so when the run has ended, and its numbers would be lost
+            remedy = "name a database, such as sqlite:///mlflow.db"
+            raise ValueError("MLflow no longer keeps runs in a folder of files")
     except (OSError, HTTPException, sqlite3.Error, ValueError) as error:
         raise unreachable(tracking_uri, error, remedy) from error
 

@@ -93,7 +93,7 @@ def a_culled_seed_keeps_its_alpha(patch):
 
 
 def an_old_stage_is_another(patch):
-    patch.setitem(legacy.LEGACY_STAGE, Stage.GRAFTING, legacy.SeedLifecycleState.ACTIVE)
+    patch.setitem(legacy.LEGACY_STAGE, Stage.GRAFTING, legacy.LegacyStage.ACTIVE)
 
 
 def an_old_stage_is_missing(patch):

@@ -22,7 +22,7 @@ MODELS = [f"model-{i}" for i in range(40)]
 def layers():
     """One set of seeds in both layers."""
     torch.manual_seed(0)
-    old, new = legacy.KasminaLayer(5, 12, 4, hidden=4), KasminaLayer(12, 4, hidden=4).eval()
+    old, new = legacy.SequentialLayer(5, 12, 4, hidden=4), KasminaLayer(12, 4, hidden=4).eval()
     relu = list(BLUEPRINTS).index("mlp_relu")
     new.write_states([SeedState(Stage.FINE_TUNING, relu)] * 4)
     with torch.no_grad():

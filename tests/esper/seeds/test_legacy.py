@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import esper
 from esper.seeds import legacy
 from esper.seeds.blueprints import BLUEPRINTS
 from esper.seeds.kasmina import KasminaLayer
@@ -16,7 +17,7 @@ def twins(num_seeds, width, seed):
     """A legacy layer, and its linear part followed by a parallel layer with the same seeds."""
     torch.manual_seed(seed)
     channels = num_seeds * width
-    old = legacy.KasminaLayer(5, channels, num_seeds, hidden=4)
+    old = legacy.SequentialLayer(5, channels, num_seeds, hidden=4)
     new = KasminaLayer(channels, num_seeds, hidden=4).eval()
     stages = torch.randint(0, 2, (num_seeds,)).tolist()
     kinds = torch.randint(0, len(BUILT_IN), (num_seeds,)).tolist()
@@ -60,7 +61,7 @@ def test_outputs_and_every_gradient_agree(num_seeds, batch):
 
 
 def test_alpha_zero_is_the_bare_linear_layer_even_with_nan_weights():
-    layer = legacy.KasminaLayer(3, 8, 4)
+    layer = legacy.SequentialLayer(3, 8, 4)
     layer.load_kernel(1, "mlp_gelu")
     with torch.no_grad():
         layer.seeds[1].w1.fill_(float("nan"))
@@ -69,7 +70,7 @@ def test_alpha_zero_is_the_bare_linear_layer_even_with_nan_weights():
 
 
 def test_the_old_interface():
-    layer = legacy.KasminaLayer(3, 8, num_seeds=4, layer_name="old")
+    layer = legacy.SequentialLayer(3, 8, num_seeds=4, layer_name="old")
     assert layer.load_kernel(0, "mlp_relu")
     layer.set_seed_alpha(0, 7.0)
     assert layer.alpha_blend[0] == 1.0
@@ -84,4 +85,36 @@ def test_the_old_interface():
     with pytest.raises(ValueError, match=r"seed_idx must be in 0..3, but got 4"):
         layer.set_seed_alpha(4, 0.5)
     with pytest.raises(ValueError, match=r"num_seeds must divide output_size \(8\), but got 3"):
-        legacy.KasminaLayer(3, 8, num_seeds=3)
+        legacy.SequentialLayer(3, 8, num_seeds=3)
+
+
+@pytest.mark.parametrize("num_seeds", [7, 64])
+def test_seeds_that_are_handed_over_compute_the_same(num_seeds):
+    old, _ = twins(num_seeds, width=3, seed=num_seeds)
+    new = KasminaLayer(3 * num_seeds, num_seeds, hidden=4)
+    old.give_seeds(new)
+    parallel = torch.nn.Sequential(old.default_transform, new)
+    x = torch.randn(63, 5)
+    torch.testing.assert_close(parallel(x), old(x))
+    kept = {Stage.DORMANT, Stage.GERMINATED, Stage.FINE_TUNING}
+    assert set(new.states().stages()) <= kept
+    for state, alpha, seed in zip(new.states(), old.alpha_blend, old.seeds, strict=True):
+        assert NAMES[state.blueprint_id] == seed.blueprint.name
+        assert (state.stage is Stage.FINE_TUNING) == (alpha != 0 and seed.blueprint.name != "noop")
+    with pytest.raises(ValueError, match="layer must have dormant seeds only"):
+        old.give_seeds(new)
+    with pytest.raises(ValueError, match="layer must be a chunk layer with weights"):
+        old.give_seeds(KasminaLayer(3 * num_seeds, num_seeds, hidden=5))
+
+
+def test_a_loaded_seed_that_was_never_blended_in_waits_with_its_weights():
+    old = legacy.SequentialLayer(3, 8, num_seeds=4)
+    old.load_kernel(2, "mlp_relu")
+    model = torch.nn.Sequential(old.default_transform)
+    lattice = esper.attach(model, "0", 4)
+    old.give_seeds(lattice.layer("0"))
+    stages = [state.stage for state in lattice.layer("0").states()]
+    assert stages == [Stage.DORMANT, Stage.DORMANT, Stage.GERMINATED, Stage.DORMANT]
+    assert torch.equal(lattice.layer("0").w_in[2], old.seeds[2].w1)
+    lattice.apply([esper.Promote("0", 2)])
+    assert torch.equal(lattice.layer("0").w_in[2], old.seeds[2].w1)
