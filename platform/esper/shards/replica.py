@@ -4,10 +4,10 @@ Gradients are averaged before the optimizer steps, the loss and the telemetry be
 reported, so that all replicas take the same step and tell the same. What is evaluated or measured
 on a fixed set of samples is computed by each replica alone: the same everywhere.
 
-The mean of the replicas' gradients is that of the whole batch, but for seeds that learn alone: the
-isolated objective is a quotient of two sums over the batch, and what they get is the mean of the
-replicas' quotients. Hosts that draw random numbers in their forward pass draw the same ones on
-every replica, each for its own part.
+The mean of the replicas' gradients is that of the whole batch. For seeds that learn alone, whose
+objective is a quotient of two sums over the batch, replicas tell each other those sums in every
+backward pass, a few numbers a site. Hosts that draw random numbers in their forward pass draw the
+same ones on every replica, each for its own part.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from esper.seeds.report import Report
 from esper.shards.errors import ShardLostError
 from esper.training.tasks import Split
 from esper.training.trainer import Trainer
+from esper_kernels import across
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,14 @@ class Replica:
         return tensor.div_(self.count)
 
 
+def is_lost_touch(error: BaseException) -> bool:
+    """Whether others did not answer, in a reduction of ours or one that torch made."""
+    # gloo has no class of its own
+    return isinstance(error, ShardLostError | dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
 class ReplicaTrainer(Trainer):
     """A trainer that sees one part of each batch and takes the step of the whole.
 
@@ -101,7 +110,10 @@ class ReplicaTrainer(Trainer):
         layers = [attached.layer for attached in self.lattice.attached.values()]
         rows = [(layer, layer.trainable.nonzero()[:, 0]) for layer in layers]
         self._learning = {id(p): learning for layer, learning in rows for p in layer.pool()}
-        return super().run_interval(steps)
+        # in steps without such seeds nothing is asked
+        alone = any(layer._any_training for layer in layers)
+        with across.processes(self._replica.mean if alone else None):
+            return super().run_interval(steps)
 
     def _next_batch(self) -> Split:
         x, y = super()._next_batch()
