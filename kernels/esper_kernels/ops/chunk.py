@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from esper_kernels import across
 from esper_kernels.ops.chunk_backward import backward_kernel
 from esper_kernels.ops.chunk_finish import finish_kernel
 from esper_kernels.ops.chunk_forward import forward_kernel
@@ -141,13 +142,19 @@ def backward(
         x_TD if objective else dy_TD, x_TD, *weights, phi_S, hidden_S, learning_S,
         *own_parts, T, D, S, **own.meta, **own.options,
     )  # fmt: skip
+    # the kernel sums up what is here; what other processes have comes to it ready
+    given = across.is_spread()
+    energies = explained
+    if given:
+        sums = own_parts[3].view(-1, 5, S, C).sum((0, 3))
+        energies = torch.stack(across.means(sums[1], sums[3]))
     block = min(4096, power_of_2(C * H))
     # few seeds a program: its sums are a chain of loads, which many programs hide
     seeds_at_once = max(1, min(power_of_2(S), 256 // max(block, power_of_2(C), power_of_2(H))))
     finish_kernel[(triton.cdiv(S, seeds_at_once),)](
         *task_parts, *own_parts, w2_SHC, alpha_S, phi_S, learning_S, *grads, dalpha,
-        grad_sq, explained, T, S, D, C=C, H=H, G=seeds_at_once, BLOCK_C=power_of_2(C),
+        grad_sq, explained, energies, T, S, D, C=C, H=H, G=seeds_at_once, BLOCK_C=power_of_2(C),
         BLOCK_H=power_of_2(H), BLOCK=block, TASK_SPLITS=task.grid[1], OWN_SPLITS=own.grid[1],
-        OBSERVE=observe, RECONSTRUCT=bool(objective), TARGET_FRAC=TARGET_FRAC,
+        OBSERVE=observe, RECONSTRUCT=bool(objective), TARGET_FRAC=TARGET_FRAC, GIVEN=given,
     )  # fmt: skip
     return dx_TD, *grads, dalpha, grad_sq, explained

@@ -25,11 +25,11 @@ def finish_kernel(
     task_w1_ptr, task_b1_ptr, task_w2_ptr, task_channel_ptr,
     own_w1_ptr, own_b1_ptr, own_w2_ptr, own_channel_ptr,
     w2_ptr, alpha_ptr, phi_ptr, learning_ptr, dw1_ptr, db1_ptr, dw2_ptr, dalpha_ptr,
-    grad_sq_ptr, explained_ptr, T, S, D,
+    grad_sq_ptr, explained_ptr, energies_ptr, T, S, D,
     C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, TASK_SPLITS: tl.constexpr,
     OWN_SPLITS: tl.constexpr, OBSERVE: tl.constexpr, RECONSTRUCT: tl.constexpr,
-    TARGET_FRAC: tl.constexpr,
+    TARGET_FRAC: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """Gradients, blend and explained share of G seeds."""
     seed = tl.program_id(0) * G + tl.arange(0, G)
@@ -57,7 +57,11 @@ def finish_kernel(
     g_sum = _sum_parts(own_channel_ptr + 2 * D + channel, 5 * D, on, OWN_SPLITS)
     g_square = _sum_parts(own_channel_ptr + 3 * D + channel, 5 * D, on, OWN_SPLITS)
     xg_sum = _sum_parts(own_channel_ptr + 4 * D + channel, 5 * D, on, OWN_SPLITS)
-    xx, gg = tl.sum(x_square, 1), tl.sum(g_square, 1)
+    if GIVEN:
+        xx = tl.load(energies_ptr + seed, mask=own, other=0.0)
+        gg = tl.load(energies_ptr + S + seed, mask=own, other=0.0)
+    else:
+        xx, gg = tl.sum(x_square, 1), tl.sum(g_square, 1)
     if RECONSTRUCT:
         ratio = tl.where(own, 1.0, 0.0)
     else:

@@ -8,6 +8,7 @@ with f its own output; its gradients are those of the task with `2 e / |t|^2` in
 import torch
 from torch import Tensor
 
+from esper_kernels import across
 from esper_kernels.ops import dense
 from esper_kernels.ops.statistics import column_statistics
 from esper_kernels.ops.units import Units, column_squares, finish_units, pack, plan, target_scale_of
@@ -86,7 +87,8 @@ def backward(
     w_out, norm_sq = pack(units, w2_SHC, x.dtype)
     grad_sq = column_squares(dy, units, always=observe)
     x_sq = column_squares(x, units, always=False)
-    energies = x_sq.view(S, -1).sum(1), grad_sq.view(S, -1).sum(1)
+    x_energy, energy = across.means(x_sq.view(S, -1).sum(1), grad_sq.view(S, -1).sum(1))
+    energies = x_energy, energy
 
     left, left_sq = _isolated_residual(
         units, x, dy, (w_in, w_out), (b1_SH, alpha_S, phi_S), energies, reconstruct

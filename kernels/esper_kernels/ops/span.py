@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from esper_kernels import across
 from esper_kernels.ops import dense
 from esper_kernels.ops.statistics import column_statistics
 from esper_kernels.ops.units import (
@@ -135,7 +136,8 @@ def backward(
     units = units_of_span(table, len(w_in_SI), dense.unit_align(dtype, len(w_in_SI), backward=True))
     w_in, w_out = w_in[:, : w_in_SI.shape[1]], w_out[:, : w_out_SO.shape[1]]
     grad_sq = column_squares(dy, units, always=observe)
-    energies = z_sq, grad_sq.sum()
+    z_energy, energy = across.means(z_sq, grad_sq.sum())
+    energies = z_energy, energy
 
     h = torch.empty_like(hidden_TP)
     dz, partial = dense.hidden_backward(

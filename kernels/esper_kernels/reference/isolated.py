@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from esper_kernels import across
 from esper_kernels.reference.chunk import chunk_outputs
 from esper_kernels.reference.span import span_hidden
 
@@ -39,8 +40,8 @@ def target_of(
     """
     if objective == "reconstruction":
         return activation
-    size = activation.square().mean(dims, keepdim=True).sqrt()
-    steep = grad.square().mean(dims, keepdim=True).sqrt()
+    squares = (t.square().mean(dims, keepdim=True) for t in (activation, grad))
+    size, steep = (square.sqrt() for square in across.means(*squares))
     return torch.where(steep > 0, -grad * (TARGET_FRAC * size / steep), 0.0)
 
 
@@ -69,6 +70,7 @@ def span_unexplained(
 
 
 def _share(left: Tensor, total: Tensor) -> Tensor:
+    (total,) = across.means(total)
     # a target of exactly 0 asks for nothing: all of it is explained by doing nothing
     safe = torch.where(total > 0, total, 1.0)
     return torch.where(total > 0, left / safe, 0.0)

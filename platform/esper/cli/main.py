@@ -199,6 +199,13 @@ def run(
         int | None,
         typer.Option(min=1, help="Ray actors that train, each with its part of a batch; none."),
     ] = None,
+    parallel: Annotated[
+        str,
+        typer.Option(
+            metavar="[data|seed]",
+            help="What actors share: the samples of a batch, or the seeds of each site.",
+        ),
+    ] = "data",
     on_loss: Annotated[
         str,
         typer.Option(
@@ -228,12 +235,20 @@ def run(
         raise typer.BadParameter("give either CONFIG or --resume FOLDER.")
     if resume is not None and (seed is not None or replay is not None):
         raise typer.BadParameter("--resume takes seed and decisions from the checkpoint alone.")
+    if shards is None and parallel != "data":
+        raise typer.BadParameter("--parallel says what actors share; give --shards N, too.")
     _begin("building the task and the model")
     from esper.cli.run import new_trial, resumed_trial, run_once, shards_of
     from esper.config.base import validate
     from esper.config.shards import ShardsConfig
 
-    options = {"count": shards, "on_loss": on_loss, "retries": retries, "wait_s": wait_s}
+    options = {
+        "count": shards,
+        "parallel": parallel,
+        "on_loss": on_loss,
+        "retries": retries,
+        "wait_s": wait_s,
+    }
     sharding = None if shards is None else validate(ShardsConfig, options, source="esper run")
     with shards_of(sharding) as (made, again):
         if resume is not None:

@@ -11,9 +11,11 @@ class ShardsConfig(Config):
     """Shards of one trial, each an actor with a device of its own or a share of one."""
 
     count: PositiveInt = 1
-    parallel: Literal["data"] = Field(
-        "data", description="data: every shard has the whole model and its part of each batch."
-    )
+    parallel: Literal["data", "seed"] = Field(
+        "data", description="data: every shard has the whole model and its part of each batch. "
+        "seed: every shard has the whole batch, and its part of the seeds and of the host's "
+        "channels at their sites.",
+    )  # fmt: skip
     cpus_per_shard: PositiveFloat = Field(
         1.0, description="CPUs of a shard; it computes with as many threads, at least one."
     )

@@ -25,7 +25,7 @@ from esper.config.run import Execution, GrowthConfig
 from esper.seeds import loop, optimizer_guard, telemetry
 from esper.seeds.blueprints import BLUEPRINTS, Blueprint, Geometry
 from esper.seeds.grafting import GRAFTS, GraftSignals
-from esper.seeds.local_rows import local_rows, whole
+from esper.seeds.local_rows import all_rows, by_process, local_rows
 from esper.seeds.state import (
     AWAKE_STAGES,
     BLUEPRINT,
@@ -154,6 +154,8 @@ class KasminaLayer(nn.Module):
         self.biased = biased
         self.objective: Objective = "desired_update"
         self.ramp_steps = 100
+        # the seeds that are computed here; None: all
+        self._held: slice | None = None
         self._make_pool(torch.promote_types(dtype, torch.float32), device)
         self._make_state(device)
         self.counted_steps = self._counted_before = self._steps_before = 0
@@ -202,6 +204,52 @@ class KasminaLayer(nn.Module):
         }.items():
             self.register_buffer(name, fill.to(device), persistent=False)
 
+    def share(self, mesh: Any) -> None:
+        """Compute a part of the seeds here: of ranges of one size, that of this process's rank.
+
+        From now on `forward` takes, and gives, the channels of these seeds alone, as a
+        column-parallel module has them. States and flags of all seeds stay here; reports tell of
+        all seeds, so that every process must ask for them. Call it before an optimizer is built.
+
+        Args:
+            mesh: One axis of processes (`torch.distributed.device_mesh`).
+
+        Raises:
+            ValueError: If the seeds cannot be split so.
+        """
+        count = mesh.size()
+        if self.geometry != "chunk":
+            raise ValueError(
+                "geometry must be 'chunk' for shards to share the seeds of a site, but got 'span': "
+                "what its units learn depends on sums that no shard has before the host has "
+                "reduced them; use chunk seeds, or parallel: data."
+            )
+        if self.num_seeds % count:
+            raise ValueError(
+                f"seeds_per_layer must be a multiple of the {count} shards that share them, but "
+                f"got {self.num_seeds}; change one of them."
+            )
+        from torch.distributed.tensor import Shard
+
+        for name in ("w_in", "bias", "w_out"):
+            weights: Tensor = getattr(self, name).detach()
+            own = nn.Parameter(by_process(weights, mesh, [Shard(0)]))
+            self.register_parameter(name, own)
+        self._held = local_rows(self.w_in)[1]
+        del self.probe
+        self.reset_telemetry()
+
+    def _sizes(self) -> tuple[int, int]:
+        """Channels and seeds that are computed here."""
+        if self._held is None:
+            return self.channels, self.num_seeds
+        seeds = self._held.stop - self._held.start
+        return seeds * self.fan_in, seeds
+
+    def _mine(self, flags_S: Tensor) -> Tensor:
+        """Of one value a seed, those of the seeds that are computed here."""
+        return flags_S if self._held is None else flags_S[self._held]
+
     @property
     def execution(self) -> Execution:
         """How the seeds are computed; all three give the same values within rounding.
@@ -226,7 +274,8 @@ class KasminaLayer(nn.Module):
         return self.w_in, self.bias, self.w_out
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.w_in, self.bias if self.biased else self.bias.detach(), self.w_out
+        weights = self.w_in, self.bias if self.biased else self.bias.detach(), self.w_out
+        return weights if self._held is None else _local(weights)
 
     def states(self) -> SeedTable:
         """The state of every seed, as a copy; one device read."""
@@ -404,7 +453,7 @@ class KasminaLayer(nn.Module):
     def _run_rows(
         self, rows: Tensor, source: Tensor | None, learning: bool, observe: bool
     ) -> Tensor:
-        learns = self.learning
+        learns = self._mine(self.learning)
         if not learning and torch.is_grad_enabled():
             # seeds learn alone only while the model trains
             learns = learns * (learns == TASK)
@@ -413,11 +462,12 @@ class KasminaLayer(nn.Module):
             observe=observe,
         )  # fmt: skip
         plain = self._plain or self._execution == "vectorised"
-        seeds = *self._weights(), self.alpha, self.phi
+        seeds = *self._weights(), self._mine(self.alpha), self._mine(self.phi)
         if self.geometry == "chunk":
+            used = self._mine(self.hidden_used)
             if self._execution == "loop":
-                return loop.chunk_seeds(rows, *seeds, self.hidden_used, **options)
-            return chunk_seeds(rows, *seeds, self.hidden_used, **options, plain=plain)
+                return loop.chunk_seeds(rows, *seeds, used, **options)
+            return chunk_seeds(rows, *seeds, used, **options, plain=plain)
         x = self._source_rows(source)
         if self._execution == "loop":
             return loop.span_seeds(x, rows, *seeds, **options)
@@ -451,9 +501,10 @@ class KasminaLayer(nn.Module):
         return y
 
     def _check(self, output: Tensor) -> None:
-        if output.shape[self.channel_axis] != self.channels:
+        channels = self._sizes()[0]
+        if output.shape[self.channel_axis] != channels:
             raise ValueError(
-                f"channels must be {self.channels} on axis {self.channel_axis} of the site's "
+                f"channels must be {channels} on axis {self.channel_axis} of the site's "
                 f"output, but got shape {tuple(output.shape)}; attach with the right `channels` "
                 "and `channel_axis`."
             )
@@ -508,12 +559,12 @@ class KasminaLayer(nn.Module):
         self._steps_before, self._counted_before = self.steps, self.counted_steps
         device = self.state.device
         if self.__dict__.get("probe") is None or self.probe.device != device:
-            self.probe = telemetry.make_probe(self.channels, self.num_seeds, device)
+            self.probe = telemetry.make_probe(*self._sizes(), device)
         # in place, because CUDA graphs add to this very memory
         telemetry.gathered(self.probe).zero_()
 
     def _told(self) -> telemetry.Told:
-        return telemetry.told(self.probe, self.channels, self.num_seeds)
+        return telemetry.told(self.probe, *self._sizes())
 
     def telemetry(self) -> dict[str, Tensor]:
         """Everything the report needs, one value a seed, on the CPU; one device read.
@@ -521,6 +572,9 @@ class KasminaLayer(nn.Module):
         Values that were not measured in this interval are NaN.
         """
         measured = telemetry.summary(self._told(), self.geometry)
+        if self._held is not None:
+            together = all_rows(torch.stack([*measured.values()], 1), self.w_in)
+            measured = dict(zip(measured, together.unbind(1), strict=True))
         in_training = self.state[:, STAGE] == Stage.TRAINING
         explained = torch.where(in_training, measured["explained_frac"], math.nan)
         columns = {
@@ -535,8 +589,15 @@ class KasminaLayer(nn.Module):
             "graft_loss": self.graft_loss,
         }
         # fp32 holds every int32 here exactly: stages, ids and interval counts are small
-        together = torch.stack([c.float() for c in columns.values()]).cpu()
-        return dict(zip(columns, together, strict=True))
+        told = torch.stack([c.float() for c in columns.values()]).cpu()
+        return dict(zip(columns, told, strict=True))
+
+    def all_channels(self, rows_TD: Tensor) -> Tensor:
+        """Rows of the whole output, `[T, D]`, from those of the channels that are computed here."""
+        if self._held is None:
+            return rows_TD
+        by_seed = rows_TD.t().reshape(self._sizes()[1], -1)
+        return all_rows(by_seed, self.w_in).view(self.channels, -1).t().contiguous()
 
     @property
     def starved(self) -> bool:
@@ -574,12 +635,19 @@ class KasminaLayer(nn.Module):
                 z = source @ self.w_in[some].float().T + self.bias[some].float()
                 found[some.cpu()] = (PHI[code](z) == 0).all(0).float().cpu()
             return found
-        for seed in seeds.tolist():
-            used, code = int(self.hidden_used[seed]), int(self.phi[seed])
+        (w_in, held), (bias, _) = local_rows(self.w_in), local_rows(self.bias)
+        for seed in [s for s in seeds.tolist() if held.start <= s < held.stop]:
+            used, code, at = int(self.hidden_used[seed]), int(self.phi[seed]), seed - held.start
             read = source[:, seed * self.fan_in : (seed + 1) * self.fan_in]
-            z = (read @ self.w_in[seed].float() + self.bias[seed].float())[:, :used]
+            z = (read @ w_in[at].float() + bias[at].float())[:, :used]
             found[seed] = (PHI[code](z) == 0).all(0).float().mean().cpu()
-        return found
+        return all_rows(found[held].to(source.device), self.w_in).cpu()
+
+    def finite(self) -> Tensor:
+        """Whether all weights of each seed are numbers, `[S]`, on the CPU."""
+        rows = [local_rows(weights)[0].isfinite() for weights in self.pool()]
+        sound = torch.stack([r.reshape(len(r), -1).all(1) for r in rows]).all(0)
+        return all_rows(sound.to(torch.uint8), self.w_in).cpu() > 0
 
     def grad_rms(self) -> Tensor:
         """Root mean square gradient of each seed's parameters at the last step, `[S]`, on the CPU.
@@ -591,9 +659,9 @@ class KasminaLayer(nn.Module):
         learns = (self.learning == TASK).cpu()
         if not grads or not learns.any():
             return found
-        squares = torch.stack(
-            [whole(g).float().square().reshape(len(g), -1).sum(1) for g in grads]
-        ).sum(0)
+        rows = [local_rows(g)[0] for g in grads]
+        own = torch.stack([g.float().square().reshape(len(g), -1).sum(1) for g in rows]).sum(0)
+        squares = all_rows(own, grads[0])
         used = sum(w[0].numel() for w in self._weights() if w.requires_grad)
         return torch.where(learns, (squares / used).sqrt().cpu(), found)
 
@@ -646,6 +714,13 @@ class KasminaLayer(nn.Module):
             f"{self.geometry}, seeds={self.num_seeds}, channels={self.channels}, "
             f"hidden={self.hidden}, grafted={grafted}"
         )
+
+
+def _local(weights: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows held here, through which the gradient reaches the sharded weights."""
+    sharded: Any = weights
+    w_in, bias, w_out = (w.to_local() for w in sharded)
+    return w_in, bias, w_out
 
 
 def _put_rows(weights: Tensor, rows: Mapping[int, Tensor]) -> None:

@@ -1,13 +1,16 @@
 """The rows of a pool that this process holds: all of them, or its shard.
 
 FSDP2 (`torch.distributed.fsdp.fully_shard`) splits every parameter on axis 0, which for a pool is
-the axis of its seeds. What is done to single seeds is then done to local rows; flags, masks and
-books of all seeds are kept whole, and equal, in every process.
+the axis of its seeds; so does `KasminaLayer.share`, whose processes also compute their own seeds
+alone. What is done to single seeds is then done to local rows; flags, masks and books of all seeds
+are kept whole, and equal, in every process.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -49,6 +52,47 @@ def whole(tensor: Tensor) -> Tensor:
     sharded: Any = tensor
     together: Tensor = sharded.full_tensor()
     return together
+
+
+def all_rows(local: Tensor, like: Tensor) -> Tensor:
+    """What every process knows of its own rows, put together; each process must ask.
+
+    Args:
+        local: One row for each that is held here, `[n, ...]`.
+        like: The tensor whose rows they are, `[S, ...]`.
+
+    Returns:
+        `[S, ...]`, the same in every process; `local` itself if `like` is not sharded.
+    """
+    if not is_distributed(like):
+        return local
+    sharded: Any = like
+    from torch.distributed.tensor import DTensor
+
+    local = local.contiguous()
+    shape = torch.Size((len(like), *local.shape[1:]))
+    together = DTensor.from_local(
+        local, sharded.device_mesh, sharded.placements, run_check=False, shape=shape,
+        stride=local.stride(),
+    )  # fmt: skip
+    return whole(together)
+
+
+def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as another of its shape is; nothing is sent."""
+    if not is_distributed(like) or is_distributed(tensor):
+        return tensor
+    sharded: Any = like
+    return by_process(tensor.to(like.device), sharded.device_mesh, sharded.placements)
+
+
+def by_process(tensor: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
+    """A tensor that every process has whole, as a DTensor of which each keeps its part."""
+    from torch.distributed.tensor import distribute_tensor
+
+    # no rank is the source: all have it
+    sharded: Tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    return sharded
 
 
 def is_distributed(tensor: Tensor) -> bool:

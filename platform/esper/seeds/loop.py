@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from esper_kernels import PHI, Phi
+from esper_kernels import PHI, Phi, across
 from esper_kernels.reference.backward import ISOLATED, TASK
 from esper_kernels.reference.isolated import Objective, target_of
 from esper_kernels.reference.statistics import column_statistics, gradient_energy
@@ -118,6 +118,7 @@ def _share(out: Tensor, target: Tensor) -> Tensor:
     """Share of the target's energy that is left; 0 if there is none."""
     total = target.square().sum()
     left = (out - target).square().sum()
+    (total,) = across.means(total)
     return torch.where(total > 0, left / torch.where(total > 0, total, 1.0), 0.0)
 
 

@@ -33,7 +33,7 @@ from esper.shards.errors import (
     ShardLostError,
     ShardMemoryError,
 )
-from esper.shards.replica import Replica, ReplicaTrainer
+from esper.shards.replica import Replica, ReplicaTrainer, is_lost_touch
 from esper.shards.shard import Health, KasminaShard, Shards, ShardSpec
 from esper.surgery.checkpoint_place import absolute
 from esper.training.snapshot import Place
@@ -56,6 +56,7 @@ class ShardActor:
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
         self._shard: KasminaShard | None = None
+        self._rank = 0
 
     def where(self) -> tuple[int, str, str]:
         """Its process id, an address of its node that is free now, and the hash of its code."""
@@ -64,18 +65,34 @@ class ShardActor:
             port = free.getsockname()[1]
         return os.getpid(), f"tcp://{ray.util.get_node_ip_address()}:{port}", code_hash()
 
-    def build(self, spec: ShardSpec, replica: Replica | None) -> None:
+    def build(self, spec: ShardSpec, replica: Replica | None, parallel: str) -> None:
         """Make the shard; one of several meets the others."""
         stay_near(spec.config.device)
+        self._rank = 0 if replica is None else replica.rank
         if replica is None:
             self._shard = KasminaShard(spec)
-            return
-        self._shard = KasminaShard(spec, partial(ReplicaTrainer, replica=replica))
-        replica.join(spec.config.device)
+        elif parallel == "data":
+            self._shard = KasminaShard(spec, partial(ReplicaTrainer, replica=replica))
+            replica.join(spec.config.device)
+        else:
+            from esper.shards.seed_parallel import SeedShard
+
+            replica.join(spec.config.device)
+            self._shard = SeedShard(spec, replica)
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of the shard."""
-        return getattr(self._shard, name)(*args, **kwargs)
+        """Call a method of the shard.
+
+        Raises:
+            ShardLostError: If it needed others, who did not answer.
+        """
+        try:
+            return getattr(self._shard, name)(*args, **kwargs)
+        except RuntimeError as error:
+            if isinstance(error, ShardLostError) or not is_lost_touch(error):
+                raise
+            what = f"lost touch with the others: {error}"
+            raise ShardLostError((self._rank,), what) from error
 
 
 class ShardGroup:
@@ -140,7 +157,10 @@ class ShardGroup:
             ]  # fmt: skip
             self._collect(
                 "build",
-                [a.build.remote(spec, r) for a, r in zip(self._actors, replicas, strict=True)],
+                [
+                    a.build.remote(spec, r, config.parallel)
+                    for a, r in zip(self._actors, replicas, strict=True)
+                ],
                 START_S,
             )
         except BaseException:
@@ -249,7 +269,9 @@ class ShardGroup:
         return self._collect(name, refs)[0]
 
     def _ask_first(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """The first shard's answer to what changes nothing."""
+        """The first shard's answer to what changes nothing; if it needs the others, they help."""
+        if self._config.parallel == "seed":
+            return self._ask(name, *args, **kwargs)
         return self._collect(name, [self._actors[0].call.remote(name, *args, **kwargs)])[0]
 
     def _collect(self, name: str, refs: Sequence[Any], least_s: float = 0.0) -> list[Any]:
@@ -323,15 +345,18 @@ def _replace(spec: ShardSpec, config: ShardsConfig) -> ShardGroup:
         try:
             return ShardGroup(spec, config.model_copy(update={"count": count}), wait_s)
         except NoRoomError:
-            count = _fewer(spec, count)
+            count = _fewer(spec, config, count)
             if config.on_loss != "shrink" or not count:
                 raise
             # whoever is to come back had its time
             wait_s = FEWER_S
 
 
-def _fewer(spec: ShardSpec, count: int) -> int:
-    """The next smaller number of replicas that cut a batch into equal parts; 0 if there is none."""
+def _fewer(spec: ShardSpec, config: ShardsConfig, count: int) -> int:
+    """The next smaller number that cuts batch or seeds into equal parts; 0 if there is none."""
+    if config.parallel == "seed":
+        seeds = [site.seeds_per_layer for site in spec.config.lattice]
+        return next((n for n in range(count - 1, 0, -1) if not any(s % n for s in seeds)), 0)
     # how many samples make the whole set is not known here; one shard takes them all
     batch = spec.config.train.batch_size or 1
     return next((n for n in range(count - 1, 0, -1) if batch % n == 0), 0)

@@ -5,10 +5,10 @@ telemetry before they are reported, so that all replicas take the same step and 
 is evaluated or measured on a fixed set of samples is computed by each replica alone: the same
 everywhere.
 
-The mean of the replicas' gradients is that of the whole batch, but for seeds that learn alone: the
-isolated objective is a quotient of two sums over the batch, and what they get is the mean of the
-replicas' quotients. Hosts that draw random numbers in their forward pass draw the same ones on
-every replica, each for its own part.
+The mean of the replicas' gradients is that of the whole batch. For seeds that learn alone, whose
+objective is a quotient of two sums over the batch, replicas tell each other those sums in every
+backward pass, a few numbers a site. Hosts that draw random numbers in their forward pass draw the
+same ones on every replica, each for its own part.
 """
 
 from collections.abc import Iterator
@@ -27,6 +27,7 @@ from esper.shards.averaging import Averaging
 from esper.shards.errors import ShardLostError
 from esper.training.tasks import Split
 from esper.training.trainer import Trainer
+from esper_kernels import across
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,14 @@ def _telling(rank: int) -> Iterator[None]:
         raise ShardLostError((rank,), f"lost touch with the others: {error}") from error
 
 
+def is_lost_touch(error: BaseException) -> bool:
+    """Whether others did not answer, in a reduction of ours or one that torch made."""
+    # gloo has no class of its own
+    return isinstance(error, ShardLostError | dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
 class ReplicaTrainer(Trainer):
     """A trainer that sees one part of each batch and takes the step of the whole.
 
@@ -145,7 +154,10 @@ class ReplicaTrainer(Trainer):
         rows = [(layer, layer.trainable.nonzero()[:, 0]) for layer in layers]
         # seeds that do not learn are not moved
         self._averaging.plan({id(p): learning for layer, learning in rows for p in layer.pool()})
-        return super().run_interval(steps)
+        # in steps without seeds that learn alone nothing is asked
+        alone = any(layer._any_training for layer in layers)
+        with across.processes(self._replica.mean if alone else None):
+            return super().run_interval(steps)
 
     def _step(self, step: int) -> Tensor:
         self._averaging.begin()

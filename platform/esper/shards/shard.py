@@ -27,13 +27,18 @@ from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
 from esper.seeds.state import Stage
 from esper.surgery import files
-from esper.surgery.checkpoint_folder import copies, read_checkpoint, write_copies
+from esper.surgery.checkpoint_folder import (
+    copies,
+    read_checkpoint,
+    write_checkpoint,
+    write_copies,
+)
 from esper.surgery.lattice import Lattice, attach
 from esper.training import checkpoint
 from esper.training.hosts import HOSTS
 from esper.training.metrics import Trained, compute
 from esper.training.snapshot import Place
-from esper.training.tasks import TASKS
+from esper.training.tasks import TASKS, TaskData
 from esper.training.trainer import Cost, Trainer
 
 
@@ -179,7 +184,7 @@ class KasminaShard:
         host = build_options(HOSTS, config.host, "host")
         data = task.load(spec.seed)
         model = host.build(data).to(config.device)
-        lattice = _attach_all(model, config, spec.seed)
+        lattice = self._attach(model, data, spec)
         for event in spec.planted:
             lattice.plant(event.site, event.seed, event.blueprint)
         self.trainer = make_trainer(
@@ -187,8 +192,14 @@ class KasminaShard:
         )
         self.trainer.execute(config.execution)
         self._device = config.device
+        # whether files are written here, and not by another shard of the same model
+        self._writes = True
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
+
+    def _attach(self, model: torch.nn.Module, data: TaskData, spec: ShardSpec) -> Lattice:
+        """Give the host its lattice."""
+        return _attach_all(model, spec.config, spec.seed)
 
     def run_interval(
         self,
@@ -286,8 +297,11 @@ class KasminaShard:
             CheckpointError: If the folder holds something else.
             CheckpointNotWrittenError: If the disk is full or fails.
         """
-        self.settle()
+        # first, since others may take part
         tensors, own = checkpoint.pack(self.trainer)
+        self.settle()
+        if not self._writes:
+            return
         taken, whole = copies(tensors), {**own, **content}
         self._writing = self._writer.submit(write_copies, folder, taken, whole)
         if wait:
@@ -323,7 +337,9 @@ class KasminaShard:
     def save(self, folder: str | Path) -> None:
         """Write the model with its lattice and optimizer, for `esper.load`."""
         trainer = self.trainer
-        files.save(folder, trainer.model, trainer.lattice, optimizer=trainer.optimizer)
+        packed = files.pack(trainer.model, trainer.lattice, trainer.optimizer)
+        if self._writes:
+            write_checkpoint(Path(folder), *packed)
 
     def where(self) -> tuple[str, dict[str, str]]:
         """Name of the device that it computes on, and the versions of the libraries there."""

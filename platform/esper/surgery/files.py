@@ -12,6 +12,7 @@ from esper.registry import Registry, UnknownNameError
 from esper.seeds.blueprints import BLUEPRINTS
 from esper.seeds.grafting import GRAFTS, GraftSignals
 from esper.seeds.kasmina import KasminaLayer
+from esper.seeds.local_rows import placed_as, whole
 from esper.seeds.state import BLUEPRINT, GRAFT
 from esper.surgery.checkpoint_folder import CheckpointError, read_checkpoint, write_checkpoint
 from esper.surgery.growth_log import pack_log, unpack_log
@@ -50,12 +51,14 @@ def pack(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save` writes: tensors by name, and the rest as JSON.
 
+    Sharded tensors are put together, for which every process that holds a part must call this.
+
     Raises:
         ValueError: If the lattice is not the model's.
     """
     if lattice.model is not model:
         raise ValueError("lattice must be the model's own to be saved with it, but is another's.")
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors = {f"model.{k}": whole(v) for k, v in model.state_dict().items()}
     optimizer_json: Any = None
     if optimizer is not None:
         moments, packed = pack_optimizer(optimizer.state_dict(), "optimizer.")
@@ -122,12 +125,13 @@ def unpack(
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} must fit the model, but: {error}") from error
-    model.load_state_dict(own)
+    model.load_state_dict(placed(model, own))
     lattice.growth, lattice.log = growth, log
     _restore(lattice, manifest["lattice"])
     if optimizer is not None:
         moments = under("optimizer.", tensors)
-        optimizer.load_state_dict(unpack_optimizer(manifest["optimizer"], moments))
+        content = unpack_optimizer(manifest["optimizer"], moments)
+        optimizer.load_state_dict(placed_moments(optimizer, content))
     return lattice
 
 
@@ -232,6 +236,27 @@ def renumbered(
     return result
 
 
+def placed(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose tensors are sharded where those of the model are."""
+    own = model.state_dict()
+    return {name: placed_as(tensor, own[name]) for name, tensor in tensors.items()}
+
+
+def placed_moments(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of an optimizer, with moments sharded where its parameters are."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        index: {
+            key: placed_as(value, params[index])
+            if isinstance(value, Tensor) and value.shape == params[index].shape
+            else value
+            for key, value in own.items()
+        }
+        for index, own in content["state"].items()
+    }
+    return {**content, "state": state}
+
+
 def _ids_here(ids: Tensor, here: Registry[Any], there: list[str]) -> Tensor:
     names = [there[i] for i in ids.tolist()]
     for name in names:
@@ -245,10 +270,11 @@ def pack_optimizer(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state dict as tensors, named with the prefix, and JSON."""
     tensors, numbers = {}, {}
-    for index, state in content["state"].items():
-        for key, value in state.items():
+    # in an order that all processes have, though a file that was read may give it in any
+    for index, state in sorted(content["state"].items()):
+        for key, value in sorted(state.items()):
             if isinstance(value, Tensor):
-                tensors[f"{prefix}{index}.{key}"] = value
+                tensors[f"{prefix}{index}.{key}"] = whole(value)
             else:
                 numbers[f"{index}.{key}"] = value
     return tensors, {"param_groups": content["param_groups"], "numbers": numbers}

@@ -18,7 +18,7 @@ from esper.seeds.blueprints import BLUEPRINTS, Geometry
 from esper.seeds.grafting import GRAFTS, GraftSignals
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.lifecycle import Transition, advance
-from esper.seeds.local_rows import whole
+from esper.seeds.local_rows import is_distributed, whole
 from esper.seeds.matching import (
     SCORED_CANDIDATES,
     Rows,
@@ -485,9 +485,11 @@ class Lattice:
         """Root mean square gradient of the host's parameters at a site; NaN without any."""
         modules = dict.fromkeys((site.first, site.last))
         params = [p for n in modules for p in self.model.get_submodule(n).parameters(recurse=False)]
-        grads = [whole(p.grad).float() for p in params if p.grad is not None]
+        grads = [p.grad.float() for p in params if p.grad is not None]
         size = sum(g.numel() for g in grads)
-        return math.sqrt(sum(float(g.square().sum()) for g in grads) / size) if size else math.nan
+        # of a sharded one each process sums its part
+        squares = sum(float(whole(g.square().sum())) for g in grads)
+        return math.sqrt(squares / size) if size else math.nan
 
     def _gain(self, layer: KasminaLayer, seed: int, evaluate: Evaluate, held_out: Tensor) -> Tensor:
         """Held-out loss without the seed minus with it, and its standard error, `[2]`."""
@@ -520,7 +522,9 @@ class Lattice:
         grads = [p.grad for p in self.host_parameters() if p.grad is not None]
         if not grads:
             return None
-        return float(whole(nn.utils.get_total_norm(grads)))
+        # the norm of norms is that of all; a sharded one is summed over the processes by itself
+        norms = [whole(torch.linalg.vector_norm(g)) if is_distributed(g) else g for g in grads]
+        return float(nn.utils.get_total_norm(norms))
 
     def _drift(self) -> float | None:
         """Relative change since the last report, on evenly spaced weights of each tensor."""

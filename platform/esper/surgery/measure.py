@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from esper.seeds.local_rows import whole
 from esper.seeds.matching import MAX_ROWS, Rows
 from esper.seeds.state import AWAKE_STAGES
 
@@ -74,7 +75,8 @@ def measure_rows(
 def _note(noted: dict[str, Tensor], key: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
-            noted[key] = args[0].detach()
+            # of a column-parallel module every process has the whole input
+            noted[key] = whole(args[0].detach())
 
     return hook
 
@@ -103,7 +105,8 @@ def _rows(a: "Attached", last: nn.Module, noted: dict[str, Tensor], gradient: Te
     total = len(output)
     at = torch.linspace(0, total - 1, min(total, MAX_ROWS), device=output.device).round().long()
     read = output if layer.geometry == "chunk" else layer.rows(noted["source"])
-    source = read[at].float()
+    source = layer.all_channels(read[at]) if layer.geometry == "chunk" else read[at]
+    source = source.float()
     known = [torch.ones(len(at), 1, device=source.device)]
     inputs = noted.get("inputs")
     trains = any(p.requires_grad for p in last.parameters(recurse=False))
@@ -128,5 +131,5 @@ def _rows(a: "Attached", last: nn.Module, noted: dict[str, Tensor], gradient: Te
         if len(units):
             known.append(layer.span_hidden(source, units).float())
     # the loss is a mean over the samples: undone, so that a gain does not depend on their number
-    wanted = -total * gradient[at].float()
+    wanted = -total * layer.all_channels(gradient[at]).float()
     return Rows(source.detach(), torch.cat(known, 1).detach(), wanted.detach())

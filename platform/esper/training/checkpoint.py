@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from esper.seeds.grafting import GraftSignals
+from esper.seeds.local_rows import whole
 from esper.surgery import files
 from esper.surgery.checkpoint_folder import CheckpointError
 from esper.surgery.files import under
@@ -15,7 +16,10 @@ from esper.training.trainer import Cost, Trainer
 
 
 def pack(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_checkpoint` takes; `esper.load` reads the model, lattice and optimizer of it."""
+    """What `write_checkpoint` takes; `esper.load` reads the model, lattice and optimizer of it.
+
+    Sharded tensors are put together, for which every process that holds a part must call this.
+    """
     tensors, content = files.pack(trainer.model, trainer.lattice, trainer.optimizer)
     tensors |= _numbered("random.", trainer.random_state())
     past = []
@@ -63,7 +67,7 @@ def unpack(
 
 def _pack_snapshot(snapshot: Snapshot, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     moments, optimizer = files.pack_optimizer(snapshot.optimizer, f"{prefix}optimizer.")
-    tensors = {f"{prefix}model.{k}": v for k, v in snapshot.model.items()}
+    tensors = {f"{prefix}model.{k}": whole(v) for k, v in sorted(snapshot.model.items())}
     tensors |= moments | _numbered(f"{prefix}random.", snapshot.random)
     return tensors, {
         "step": snapshot.step,
@@ -79,10 +83,11 @@ def _unpack_snapshot(
     saved: dict[str, Any], tensors: dict[str, Tensor], trainer: Trainer, lattice: dict[str, Any]
 ) -> Snapshot:
     model = files.renumbered(trainer.model, under("model.", tensors), lattice)
+    optimizer = files.unpack_optimizer(saved["optimizer"], under("optimizer.", tensors))
     return Snapshot(
         step=saved["step"],
-        model=model,
-        optimizer=files.unpack_optimizer(saved["optimizer"], under("optimizer.", tensors)),
+        model=files.placed(trainer.model, model),
+        optimizer=files.placed_moments(trainer.optimizer, optimizer),
         random=_in_order(under("random.", tensors)),
         signals=GraftSignals(**saved["signals"]),
         grad_norms=saved["grad_norms"],

@@ -9,10 +9,10 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -115,6 +115,8 @@ class Trainer:
         self.optimizer = _make_optimizer(config, list(model.parameters()))
         self.step = 0
         self.cost = Cost()
+        # counts the operations of what runs inside
+        self.make_counter: Callable[[], FlopCounterMode] = partial(FlopCounterMode, display=False)
         # whether the next report is to measure places for new seeds
         self.measures = True
         # what a rollback may go back to, oldest first
@@ -313,7 +315,7 @@ class Trainer:
     def _growing(self) -> Iterator[None]:
         """Counts what is done inside as a part of growth."""
         started = time.perf_counter()
-        with FlopCounterMode(display=False) as counter:
+        with self.make_counter() as counter:
             yield
         self.cost.growth_flops += float(counter.get_total_flops())
         self.cost.growth_seconds += time.perf_counter() - started
@@ -360,7 +362,7 @@ class Trainer:
 
     def _counted_step(self, step: int) -> Tensor:
         """A training step whose floating point operations are counted."""
-        with FlopCounterMode(display=False) as counter:
+        with self.make_counter() as counter:
             loss = self._step(step)
         self.cost.flops_per_step = float(counter.get_total_flops())
         return loss
@@ -421,7 +423,9 @@ def _grafted(states: Mapping[Place, SeedState]) -> frozenset[Place]:
 
 def _not_finite(layer: KasminaLayer, stage: Stage) -> list[int]:
     seeds = layer.states().seeds_in({stage})
-    return [i for i in seeds if not all(bool(w[i].isfinite().all()) for w in layer.pool())]
+    # asked together, since shards may have to ask each other
+    finite = layer.finite().tolist() if seeds else []
+    return [i for i in seeds if not finite[i]]
 
 
 def _differ(a: SeedState, b: SeedState) -> bool:

@@ -50,7 +50,7 @@ def cluster():
     ray.shutdown()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config():
     return run_config
 

@@ -37,6 +37,31 @@ def test_a_run_in_an_actor_gives_the_record_of_one_in_this_process(tmp_path, mak
 
 
 @pytest.mark.slow
+def test_shards_may_share_the_seeds(tmp_path, make_config):
+    host = {"name": "mlp", "options": {"hidden": [8, 8]}}
+    lattice = [{"sites": "fc1", "seeds_per_layer": 4, "hidden": 4}]
+    config = make_config(host=host, lattice=lattice).model_dump(mode="json", exclude_defaults=True)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    found = []
+    for more in ([], ["--shards", "2", "--parallel", "seed"]):
+        done = esper("run", "run.yaml", "--json", "record.json", *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / "record.json").read_text()))
+    one, two = found
+    for record in found:
+        for transition in record["transitions"]:
+            # it tells of numbers, whose last digit may differ
+            del transition["reason"]
+    assert two["transitions"] == one["transitions"]
+    assert len(one["transitions"]) > 10
+    assert two["metrics"]["test_loss"] == pytest.approx(one["metrics"]["test_loss"], rel=1e-3)
+    assert set(two["curves"]["shards"]) == {2.0}
+    done = esper("run", "run.yaml", "--parallel", "seed", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "give --shards N, too" in done.stderr
+
+
+@pytest.mark.slow
 def test_more_shards_than_the_machine_has_cpus_are_refused(tmp_path, make_config):
     config = make_config().model_dump(mode="json", exclude_defaults=True)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
