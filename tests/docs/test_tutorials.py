@@ -1,0 +1,132 @@
+"""Every tutorial does what it says: a page is followed as a reader would, in an empty folder.
+
+A block with a title is a file; a `sh` block is typed into one shell; a `text` block is what the
+commands before it printed, line by line, but for numbers, and for what `...` stands in place of.
+"""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TUTORIALS = ROOT / "docs/tutorials"
+FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
+NUMBER = r"[-+]?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?"
+MARK = "--- end of block ---"
+# what a reader has running, and another test may have, too
+PORTS = ("8265", "8000", "6379")
+SLOW = {"cluster", "hugging_face", "read_a_verdict", "serve"}
+NAMES = sorted(p.stem for p in TUTORIALS.glob("*.md") if p.stem != "index")
+
+
+@dataclass(frozen=True)
+class Block:
+    kind: str
+    file: str
+    text: str
+
+
+def blocks_of(markdown):
+    return [Block(*found) for found in FENCE.findall(markdown)]
+
+
+def expected(line):
+    """A pattern for one line of printed text."""
+    pieces = re.split(rf"(\.\.\.|\s+|{NUMBER})", line.strip())
+    return "".join(
+        ".*" if p == "..." else r"\s+" if p.isspace() else NUMBER if re.match(NUMBER, p)
+        else re.escape(p)
+        for p in pieces if p
+    )  # fmt: skip
+
+
+def assert_printed(text, output, page):
+    rest = output
+    for line in filter(None, map(str.strip, text.splitlines())):
+        found = re.search(expected(line), rest)
+        assert found, f"{page} promises\n  {line}\nbut the commands printed\n{output}"
+        rest = rest[found.end() :]
+
+
+def follow(page, folder):
+    """Output of each `sh` block, in order."""
+    script = ["set -e"]
+    markdown = page.read_text(encoding="utf-8").replace("~/esper", str(ROOT))
+    for port in PORTS:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            markdown = re.sub(rf"\b{port}\b", str(s.getsockname()[1]), markdown)
+    blocks = blocks_of(markdown)
+    for i, block in enumerate(blocks):
+        if block.file:
+            # written when its turn comes: a later block may replace an earlier file
+            (folder / f".block{i}").write_text(block.text, encoding="utf-8")
+            script.append(f"cp .block{i} {block.file}")
+        elif block.kind == "sh":
+            script += [block.text, f"echo '{MARK}'"]
+    (folder / ".page.sh").write_text("\n".join(script), encoding="utf-8")
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ESPER_"))}
+    env = keep | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HOME": str(folder),
+        "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "COLUMNS": "120",
+        "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/", "MLFLOW_DISABLE_TELEMETRY": "true",
+    }  # fmt: skip
+    with (folder / ".output").open("w") as output:
+        shell = subprocess.Popen(
+            ["bash", ".page.sh"], cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = shell.wait(270)
+        finally:
+            end(shell.pid)
+    printed = (folder / ".output").read_text(encoding="utf-8")
+    assert code == 0, f"{page.name} ended with exit code {code}:\n{printed}"
+    return blocks, printed.split(MARK)
+
+
+def end(group):
+    """End what a page left running: its own session's processes and their children."""
+    mine = [p for p in psutil.process_iter() if in_session(p.pid, group)]
+    mine += [child for p in mine for child in p.children(recursive=True)]
+    for process in mine:
+        process.terminate()
+    for process in psutil.wait_procs(mine, timeout=10)[1]:
+        process.kill()
+
+
+def in_session(pid, session):
+    try:
+        return os.getsid(pid) == session
+    except ProcessLookupError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in NAMES]
+)
+def test_a_tutorial_does_what_it_says(name, tmp_path):
+    page = TUTORIALS / f"{name}.md"
+    blocks, outputs = follow(page, tmp_path)
+    shown = [b for b in blocks if b.kind in ("sh", "text") and not b.file]
+    assert any(b.kind == "text" for b in shown), f"{page} must show what its commands print"
+    commands = -1
+    for block in shown:
+        if block.kind == "sh":
+            commands += 1
+        else:
+            assert_printed(block.text, outputs[commands], page.name)
+
+
+@pytest.mark.parametrize(("promise", "printed"), [("WIN", "LOSE"), ("a 1\nb 2", "b 2\na 1")])
+def test_what_is_not_printed_is_noticed(promise, printed):
+    with pytest.raises(AssertionError, match="promises"):
+        assert_printed(promise, printed, "page")
