@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-all lint types format clean \
-	safety regress bench-pinned ab-branch gate monitoring docs
+	safety regress bench-pinned ab-branch gate monitoring docs tutorials
 
 # Recipes read these from the environment, so that a value is never read as shell.
 export BASE ?= origin/main
@@ -89,6 +89,9 @@ docs: install ## build the documentation site, strictly; build/site
 	@rm -rf build/site
 	$(BIN)/properdocs build --strict
 	@echo "open build/site/index.html; with search: python -m http.server --directory build/site"
+
+tutorials: install ## follow every tutorial in an empty folder, and check what the site tells
+	$(BIN)/python -m pytest tests/docs
 
 format: install ## format the code and fix what can be fixed safely
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,6 @@
 """Pages that are made from the code each time the site is built, so that they cannot go stale."""
 
+import ast
 import json
 import re
 import subprocess
@@ -124,9 +125,19 @@ def _modules(title: str, files: Any, source: Path) -> str:
             parts[-1].startswith("_") and parts[-1] != "__init__"
         ):
             continue
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        lines += [f"::: {name}", ""]
+        package = parts[-1] == "__init__"
+        lines.append(f"::: {'.'.join(parts[:-1] if package else parts)}")
+        if package:  # what it only passes on is told where it is defined
+            lines += ["    options:", f"      members: {json.dumps(_defined(file))}"]
+        lines.append("")
     return "\n".join(lines)
+
+
+def _defined(file: Path) -> list[str] | bool:
+    """Public functions and classes of a module; False: none."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return [n.name for n in body if isinstance(n, kinds) and not n.name.startswith("_")] or False
 
 
 def commands() -> str:
@@ -229,7 +240,7 @@ def results(root: Path) -> str:
     told = (root / "docs/results/README.md").read_text(encoding="utf-8")
     for path in sorted((root / "docs/results").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        commit, name = str(result["commit"]), path.stem
+        commit, name = result["commit"] or "", path.stem
         if "arena" in result:
             command = f"esper arena configs/arenas/{result['arena']}.yaml"
             verdict = "a verdict for each task and method"
@@ -243,7 +254,8 @@ def results(root: Path) -> str:
         shown = f"[{name}](README.md#{name})" if f"\n## {name}\n" in told else name
         date = str(result.get("registered_at") or _date(root, path, commit))[:10]
         lines.append(
-            f"| {shown} | {verdict} | {asked}, {pairs} pairs | `{command}` | {date}, {commit[:7]} |"
+            f"| {shown} | {verdict} | {asked}, {pairs} pairs | `{command}` "
+            f"| {_when(date, commit)} |"
         )
     lines += ["", "## Measurements", "", "| what | command | date, commit |", "|---|---|---|"]
     lines += [_measured(root, path) for path in sorted((root / "docs").glob("b*/**/*.json"))
@@ -272,7 +284,7 @@ def _measured(root: Path, path: Path) -> str:
         raise ValueError(f"{path} must say its command, but does not; add it to COMMANDS.")
     commit = str(stored.get("commit", ""))
     date = str(stored.get("date") or _date(root, path, commit))[:10]
-    return f"| {where} | `{command}` | {date}{', ' if commit else ''}{commit[:7]} |"
+    return f"| {where} | `{command}` | {_when(date, commit)} |"
 
 
 COMMANDS = {
@@ -288,6 +300,10 @@ def _sweep_of(root: Path, name: str) -> str:
         if (root / f"configs/{folder}/{name}.yaml").is_file():
             return f"configs/{folder}/{name}.yaml"
     raise ValueError(f"docs/results/{name}.json must belong to a sweep, but there is none.")
+
+
+def _when(date: str, commit: str) -> str:
+    return f"{date}, {commit[:7]}" if commit else f"{date}, commit not stored"
 
 
 def _date(root: Path, path: Path, commit: str) -> str:

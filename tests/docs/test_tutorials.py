@@ -22,7 +22,8 @@ NUMBER = r"[-+]?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?"
 MARK = "--- end of block ---"
 # what a reader has running, and another test may have, too
 PORTS = ("8265", "8000", "6379")
-SLOW = {"cluster", "hugging_face", "read_a_verdict", "serve"}
+# some seconds each; `make tutorials` follows all of them, in CI on every push
+QUICK = {"custom_blueprint", "grow_your_model"}
 NAMES = sorted(p.stem for p in TUTORIALS.glob("*.md") if p.stem != "index")
 
 
@@ -111,7 +112,7 @@ def in_session(pid, session):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in NAMES]
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in NAMES]
 )
 def test_a_tutorial_does_what_it_says(name, tmp_path):
     page = TUTORIALS / f"{name}.md"
