@@ -7,13 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from inspect import getdoc
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
+from model_tables import models_inside, section, summary, table
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 import esper
 from esper.cli import main as command_line
@@ -99,7 +97,7 @@ def public_names() -> str:
         "else is below *Modules*, by package.", "", "| name | what it is |", "|---|---|",
     ]  # fmt: skip
     for name, home in sorted(homes().items(), key=lambda item: item[0].lower()):
-        lines.append(f"| [`esper.{name}`][{home}] | {_summary(getattr(esper, name))} |")
+        lines.append(f"| [`esper.{name}`][{home}] | {summary(getattr(esper, name))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -174,23 +172,23 @@ def configuration() -> str:
     ]  # fmt: skip
     told: set[type[BaseModel]] = set()
     for title, where, model in FILES:
-        lines += [f"### {title}", "", f"{where}. {_summary(model)}", "", *_table(model), ""]
+        lines += [f"### {title}", "", f"{where}. {summary(model)}", "", *table(model), ""]
         told.add(model)
-    for inner in _inside([model for _, _, model in FILES]):
+    for inner in models_inside([model for _, _, model in FILES]):
         if inner not in told:
-            lines += _section(inner)
+            lines += section(inner)
             told.add(inner)
     lines += ["## Plug-ins", ""]
     for title, where, registry in REGISTRIES:
         lines += [f"### {title}", "", f"{where}: one of the names below.", ""]
         for name in registry:
-            lines += [f"#### {title[:-1]} `{name}`", "", _summary(registry[name]), ""]
+            lines += [f"#### {title[:-1]} `{name}`", "", summary(registry[name]), ""]
             if (home := registry[name].__module__).startswith("esper_experiments"):
                 lines += [f"With `plugins: [{_plugin(home)}]`.", ""]
-            lines += [*_table(registry[name]), ""]
-        for inner in _inside([registry[name] for name in registry]):
+            lines += [*table(registry[name]), ""]
+        for inner in models_inside([registry[name] for name in registry]):
             if inner not in told:
-                lines += _section(inner)
+                lines += section(inner)
                 told.add(inner)
     lines += ["## Blueprints and grafts", "", "Blueprints, and what they are for:", ""]
     lines += ["| blueprint | sites | share of a chunk seed's hidden units |", "|---|---|---|"]
@@ -207,8 +205,8 @@ def wire_models() -> str:
         "# Wire models", "", "Bodies of requests and answers of Tamiyo's service, as JSON or",
         "MessagePack; [the service](../serve.md) says which route takes which.", "",
     ]  # fmt: skip
-    for model in [*WIRE, *(m for m in _inside(WIRE) if m not in WIRE)]:
-        lines += _section(model, level=2)
+    for model in [*WIRE, *(m for m in models_inside(WIRE) if m not in WIRE)]:
+        lines += section(model, level=2)
     return "\n".join(lines) + "\n"
 
 
@@ -320,122 +318,5 @@ def _date(root: Path, path: Path, commit: str) -> str:
     return "?"
 
 
-def _section(model: type[BaseModel], level: int = 4) -> list[str]:
-    anchor = f"{{#{_anchor(model)}}}"
-    return [f"{'#' * level} `{model.__name__}` {anchor}", "", _summary(model), "",
-            *_table(model), ""]  # fmt: skip
-
-
-def _table(model: type[BaseModel]) -> list[str]:
-    if not model.model_fields:
-        return ["No options."]
-    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for name, field in model.model_fields.items():
-        if not field.description:
-            raise ValueError(
-                f"{model.__module__}.{model.__name__}.{name} must have a description, but has "
-                "none; add Field(description=...)."
-            )
-        required = field.is_required()
-        key = f"`{name}`{' *' if required else ''}"
-        default = "" if required else f"`{_cell(_default(field))}`"
-        bounds = _bounds(field.metadata)
-        kind = _type(field.annotation) + (f" {bounds}" if bounds else "")
-        lines.append(f"| {key} | {kind} | {default} | {_meaning(field.description)} |")
-    return lines
-
-
-def _default(field: Any) -> str:
-    missing = field.default is PydanticUndefined
-    value = field.default_factory() if missing else field.default
-    if isinstance(value, BaseModel):
-        value = value.model_dump(exclude_defaults=True) or "{}"
-    if isinstance(value, dict):
-        value = {k: v.model_dump(exclude_defaults=True) if isinstance(v, BaseModel) else v
-                 for k, v in value.items()}  # fmt: skip
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return json.dumps([str(v) if not isinstance(v, str | int | float) else v for v in value])
-    return json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-def _bounds(metadata: list[Any]) -> str:
-    """Bounds of a number or a length, as people write them."""
-    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-    told = [f"{sign} {getattr(m, name):g}" for m in metadata for name, sign in signs.items()
-            if getattr(m, name, None) is not None]  # fmt: skip
-    lengths = {"min_length": "at least {} items", "max_length": "at most {} items"}
-    told += [text.format(f"{getattr(m, name):,}") for m in metadata
-             for name, text in lengths.items() if getattr(m, name, None) is not None]  # fmt: skip
-    return ", ".join(told)
-
-
-def _type(kind: Any) -> str:
-    """A type as a reader of YAML knows it; models are links to their keys."""
-    origin, inside = get_origin(kind), get_args(kind)
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return f"[{kind.__name__}](#{_anchor(kind)})"
-    if origin is Literal:
-        return " or ".join(f"`{value}`" for value in inside)
-    if origin in (Union, UnionType):
-        return " or ".join("null" if a is type(None) else _type(a) for a in inside)
-    if hasattr(kind, "__metadata__"):
-        bounds = _bounds(list(kind.__metadata__))
-        return _type(kind.__origin__) + (f" {bounds}" if bounds else "")
-    if origin in (tuple, list, frozenset):
-        item = [a for a in inside if a is not Ellipsis]
-        if origin is tuple and Ellipsis not in inside:
-            return "[" + ", ".join(map(_type, item)) + "]"
-        return f"list of {_type(item[0])}"
-    if origin is dict or (origin is not None and issubclass(origin, dict)):
-        return f"map of {_type(inside[0])} to {_type(inside[1])}"
-    names = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "anything",
-             Path: "path"}  # fmt: skip
-    return names.get(kind) or getattr(kind, "__name__", str(kind))
-
-
-def _models_in(kind: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        yield kind
-    for inner in get_args(kind):
-        yield from _models_in(inner)
-
-
-def _inside(models: Any) -> list[type[BaseModel]]:
-    """Models that the fields of others hold, each once, in the order in which they are met."""
-    met: list[type[BaseModel]] = []
-    waiting = list(models)
-    while waiting:
-        model = waiting.pop(0)
-        found = [m for f in model.model_fields.values() for m in _models_in(f.annotation)]
-        new = [m for m in dict.fromkeys(found) if m not in met]
-        met += new
-        waiting += new
-    return met
-
-
 def _plugin(module: str) -> str:
     return next(p for p in PLUGINS if module.startswith(p))
-
-
-def _anchor(model: type[BaseModel]) -> str:
-    return model.__name__.lower()
-
-
-def _summary(thing: Any) -> str:
-    text = getdoc(thing)
-    if not text:
-        raise ValueError(f"{thing!r} must have a docstring, but has none; write one.")
-    return _cell(text.split("\n\n")[0])
-
-
-def _meaning(description: str) -> str:
-    """A description as a reader of YAML needs it."""
-    return re.sub(r"\bNone\b", "null", _cell(description))
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")

@@ -3,7 +3,6 @@
 `make docs` builds it strictly; what can be told without building is told here in a second or two.
 """
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -25,10 +24,11 @@ PUBLIC = ("esper", "esper.controller", "esper.tracking.pictures", "esper_kernels
 
 @pytest.fixture(scope="module")
 def pages():
-    spec = importlib.util.spec_from_file_location("site_pages", DOCS / "generate/pages.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    # as the hook is loaded: its folder is a path of modules
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DOCS / "generate")
+        import_module("diagram")
+        return import_module("pages")
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +74,13 @@ def test_every_key_is_explained(pages, made):
         speed: int = 1
 
     with pytest.raises(ValueError, match=r"Silent\.speed must have a description"):
-        pages._table(Silent)
+        pages.table(Silent)
 
 
 def test_every_model_of_a_body_or_file_is_told(pages, made):
     told = made["reference/configuration.md"] + made["reference/wire.md"]
     roots = [model for *_, model in pages.FILES] + list(pages.WIRE)
-    for model in pages._inside(roots):
+    for model in pages.models_inside(roots):
         assert issubclass(model, BaseModel)
         assert f"{{#{model.__name__.lower()}}}" in told
 
@@ -118,11 +118,8 @@ def test_links_and_nav_lead_somewhere(made):
     assert [p for p in listed if p not in there] == []
 
 
-def test_the_diagram_shows_every_stage_and_move():
-    spec = importlib.util.spec_from_file_location("diagram", DOCS / "generate/diagram.py")
-    diagram = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(diagram)
-    picture = diagram.lifecycle()
+def test_the_diagram_shows_every_stage_and_move(pages):
+    picture = import_module("diagram").lifecycle()
     for (before, kind), after in import_module("esper.seeds.lifecycle").MOVES.items():
         assert f"{before.name} - {kind.__name__} - {after.name}<" in picture
     assert picture.count("<rect") == 1 + len(import_module("esper.seeds.state").Stage)
