@@ -12,7 +12,7 @@ from typing import Any
 
 import diagram
 import pages
-from mkdocs.structure.files import File, Files
+from properdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
 OUTSIDE = {"README.md": "overview.md", "CHANGELOG.md": "changelog.md"}

@@ -37,8 +37,7 @@ def table(model: type[BaseModel]) -> list[str]:
         required = field.is_required()
         key = f"`{name}`{' *' if required else ''}"
         default = "" if required else f"`{_cell(_default(field))}`"
-        bounds = _bounds(field.metadata)
-        kind = _type(field.annotation) + (f" {bounds}" if bounds else "")
+        kind = _bounded(_type(field.annotation), field.metadata)
         lines.append(f"| {key} | {kind} | {default} | {_meaning(field.description)} |")
     return lines
 
@@ -60,15 +59,21 @@ def _default(field: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def _bounds(metadata: list[Any]) -> str:
-    """Bounds of a number or a length, as people write them."""
-    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-    told = [f"{sign} {getattr(m, name):g}" for m in metadata for name, sign in signs.items()
-            if getattr(m, name, None) is not None]  # fmt: skip
-    lengths = {"min_length": "at least {} items", "max_length": "at most {} items"}
-    told += [text.format(f"{getattr(m, name):,}") for m in metadata
-             for name, text in lengths.items() if getattr(m, name, None) is not None]  # fmt: skip
-    return ", ".join(told)
+def _bounded(kind: str, metadata: Iterable[Any]) -> str:
+    """A type with the bounds of its numbers or lengths, as people write them."""
+    what = "characters" if kind.startswith("text") else "items"
+    told = {
+        "gt": "> {:,}", "ge": "≥ {:,}", "lt": "< {:,}", "le": "≤ {:,}",
+        "min_length": f"at least {{:,}} {what}", "max_length": f"at most {{:,}} {what}",
+    }  # fmt: skip
+    found = [
+        text.format(value)
+        for m in metadata
+        for name, text in told.items()
+        if (value := getattr(m, name, None)) is not None
+    ]
+    first = " " if found and found[0][0] in "<>≤≥" else ", "
+    return kind + first + ", ".join(found) if found else kind
 
 
 def _type(kind: Any) -> str:
@@ -81,8 +86,7 @@ def _type(kind: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join("null" if a is type(None) else _type(a) for a in inside)
     if hasattr(kind, "__metadata__"):
-        bounds = _bounds(list(kind.__metadata__))
-        return _type(kind.__origin__) + (f" {bounds}" if bounds else "")
+        return _bounded(_type(kind.__origin__), kind.__metadata__)
     if origin in (tuple, list, frozenset):
         item = [a for a in inside if a is not Ellipsis]
         if origin is tuple and Ellipsis not in inside:

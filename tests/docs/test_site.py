@@ -27,7 +27,7 @@ def pages():
     # as the hook is loaded: its folder is a path of modules
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(DOCS / "generate")
-        import_module("diagram")
+        import_module("hooks")
         return import_module("pages")
 
 
@@ -116,6 +116,16 @@ def test_links_and_nav_lead_somewhere(made):
     nav = (ROOT / "properdocs.yml").read_text(encoding="utf-8")
     listed = re.findall(r"(?<![\w/*])[\w/]+\.md", nav)
     assert [p for p in listed if p not in there] == []
+
+
+def test_a_pattern_of_the_nav_takes_what_there_is(pages):
+    expand = import_module("hooks").expand
+    known = ["decisions/b.md", "decisions/a.md", "log.md"]
+    assert expand({"Decisions": "decisions/*.md"}, known) == [
+        {"Decisions": ["decisions/a.md", "decisions/b.md"]}
+    ]
+    assert expand({"Migration": "migration/*.md"}, known) == []
+    assert expand({"Log": "log.md"}, known) == [{"Log": "log.md"}]
 
 
 def test_the_diagram_shows_every_stage_and_move(pages):
