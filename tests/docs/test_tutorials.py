@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,15 +57,33 @@ def assert_printed(text, output, page):
         rest = rest[found.end() :]
 
 
-def follow(page, folder):
-    """Output of each `sh` block, in order."""
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [str(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def apart(markdown, folder):
+    """The page, with a cluster and ports that meet no other on this machine."""
+    agent, client, exported, *ports = free_ports(3 + len(PORTS))
+    for usual, port in zip(PORTS, ports, strict=True):
+        markdown = re.sub(rf"\b{usual}\b", port, markdown)
+    head = "ray start --head"
+    own = (
+        f"{head} --temp-dir={folder} --dashboard-agent-listen-port={agent} "
+        f"--ray-client-server-port={client} --metrics-export-port={exported}"
+    )
+    return markdown.replace("~/esper", str(ROOT)).replace(f"{head} ", f"{own} ")
+
+
+def follow(page, folder, ray_folder):
+    """The page's blocks, and the output of each `sh` block, in order."""
     script = ["set -e"]
-    markdown = page.read_text(encoding="utf-8").replace("~/esper", str(ROOT))
-    for port in PORTS:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            markdown = re.sub(rf"\b{port}\b", str(s.getsockname()[1]), markdown)
-    blocks = blocks_of(markdown)
+    blocks = blocks_of(apart(page.read_text(encoding="utf-8"), ray_folder))
     for i, block in enumerate(blocks):
         if block.file:
             # written when its turn comes: a later block may replace an earlier file
@@ -74,12 +93,17 @@ def follow(page, folder):
             script += [block.text, f"echo '{MARK}'"]
     (folder / ".page.sh").write_text("\n".join(script), encoding="utf-8")
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ESPER_"))}
+    metrics, statistics = free_ports(2)
     env = keep | {
+        "RAY_SERVE_HAPROXY_METRICS_PORT": metrics, "RAY_SERVE_HAPROXY_STATS_PORT": statistics,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HOME": str(folder),
         "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "COLUMNS": "120",
         "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/", "MLFLOW_DISABLE_TELEMETRY": "true",
     }  # fmt: skip
+    if page.stem == "serve":
+        # it must not join a cluster that happens to run
+        env["RAY_ADDRESS"] = "local"
     with (folder / ".output").open("w") as output:
         shell = subprocess.Popen(
             ["bash", ".page.sh"], cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT,
@@ -116,7 +140,9 @@ def in_session(pid, session):
 )
 def test_a_tutorial_does_what_it_says(name, tmp_path):
     page = TUTORIALS / f"{name}.md"
-    blocks, outputs = follow(page, tmp_path)
+    # Ray's sockets lie below it, and a socket's path must be short
+    with tempfile.TemporaryDirectory(prefix="esper-", dir="/tmp", ignore_cleanup_errors=True) as r:
+        blocks, outputs = follow(page, tmp_path, r)
     shown = [b for b in blocks if b.kind in ("sh", "text") and not b.file]
     assert any(b.kind == "text" for b in shown), f"{page} must show what its commands print"
     commands = -1
