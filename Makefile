@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-all lint types format clean \
-	safety regress bench-pinned ab-branch gate monitoring
+	safety regress bench-pinned ab-branch gate monitoring docs tutorials
 
 # Recipes read these from the environment, so that a value is never read as shell.
 export BASE ?= origin/main
@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 		rm -rf $(VENV); \
 		echo "a virtual environment could not be created; on Debian and Ubuntu:" \
 			"apt install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 demo: install ## run the paired experiment on the two spirals and print its verdict
@@ -84,6 +84,14 @@ monitoring: install ## write the Grafana dashboards anew, and say how to point P
 	@echo "Prometheus: prometheus --config.file=configs/monitoring/prometheus.yml (its paths are examples)"
 	@echo "Grafana: Dashboards > New > Import > configs/monitoring/grafana/*.json, and choose the Prometheus"
 	@echo "all of it: docs/monitoring.md"
+
+docs: install ## build the documentation site, strictly; build/site
+	@rm -rf build/site
+	$(BIN)/properdocs build --strict
+	@echo "open build/site/index.html; with search: python -m http.server --directory build/site"
+
+tutorials: install ## follow every tutorial in an empty folder, and check what the site tells
+	$(BIN)/python -m pytest tests/docs
 
 format: install ## format the code and fix what can be fixed safely
 	$(BIN)/ruff check --fix .

@@ -46,24 +46,24 @@ Parsed = TypeVar("Parsed", DecideRequest, FeedbackRequest)
 class Problem(BaseModel):
     """What was wrong."""
 
-    status: int
-    message: str
+    status: int = Field(description="The HTTP status.")
+    message: str = Field(description="What must be otherwise.")
     problems: tuple[str, ...] = Field(description="One for each wrong field, with its path.")
 
 
 class Failure(BaseModel):
     """The body of every answer that is not 200."""
 
-    error: Problem
+    error: Problem = Field(description="Why there is no other answer.")
 
 
 class PolicyInfo(Config):
     """One version of the policy."""
 
-    version: str
-    controller: str
-    options: dict[str, Any]
-    active: bool
+    version: str = Field(description="Name of the version.")
+    controller: str = Field(description="Registered name of its controller.")
+    options: dict[str, Any] = Field(description="Options of the controller.")
+    active: bool = Field(description="Whether it answers requests that name no version.")
 
 
 class ActivateRequest(Config):

@@ -17,7 +17,7 @@ class RolloutSettings(Config):
 
     policy: str = Field(description="Version that models get for which the flag is on.")
     flags: Path = Field(description="File of flags; read again every second.")
-    flag: str = "tamiyo.learned"
+    flag: str = Field("tamiyo.learned", description="The flag that decides for which models.")
 
 
 class ServiceSettings(Config):
@@ -38,7 +38,9 @@ class ServiceSettings(Config):
         description="A controller and its options by version; a version never changes its meaning.",
     )
     active: str = Field(HEURISTIC, description="Version until an admin activates another.")
-    rollout: RolloutSettings | None = None
+    rollout: RolloutSettings | None = Field(
+        None, description="A second policy for a share of the models; null: none."
+    )
     plugins: tuple[str, ...] = Field((), description="Modules to import: they register plug-ins.")
     rate_limit: str = Field(
         "1000/second", description="Requests of one token that are answered; the rest get 429."

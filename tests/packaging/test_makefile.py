@@ -47,7 +47,7 @@ def test_changed_requirements_are_installed(installed, changed):
     later_s = (installed / changed).stat().st_mtime + DAY_S
     os.utime(installed / changed, (later_s, later_s))
     done = make("-n", "install", cwd=installed)
-    assert "pip install --quiet -c constraints.txt -e '.[dev]'" in done.stdout
+    assert "pip install --quiet -c constraints.txt -e '.[dev,docs]'" in done.stdout
 
 
 def test_an_old_python_is_refused(installed):

@@ -32,7 +32,7 @@ ORTHOGONALITY = 0.1
 class Adapter(Config):
     """What is added to the frozen maps."""
 
-    kind: Literal["lora", "adalora"]
+    kind: Literal["lora", "adalora"] = Field(description="Which of peft's methods.")
     rank: PositiveInt = Field(description="Of each map; AdaLoRA: the mean at the end.")
     scale: PositiveFloat = Field(1.0, description="Factor of what it adds.")
     targets: tuple[str, ...] = Field(

@@ -101,9 +101,9 @@ class Gpt(nn.Module):
 class CharGpt(Host):
     """Sizes; and for adapting, where the weights come from and what stays as it is."""
 
-    layers: PositiveInt = 4
-    width: PositiveInt = 128
-    heads: PositiveInt = 4
+    layers: PositiveInt = Field(4, description="Transformer blocks.")
+    width: PositiveInt = Field(128, description="Features of a position; a multiple of heads.")
+    heads: PositiveInt = Field(4, description="Attention heads of a block.")
     hidden: PositiveInt | None = Field(None, description="Of each MLP; None: 4 times the width.")
     pretrained: Path | None = Field(
         None, description="Checkpoint of this host alone, as `esper run --save` writes it."

@@ -43,7 +43,7 @@ class CharText(Task):
     second half for the final metrics.
     """
 
-    corpus: Literal["shakespeare", "python"]
+    corpus: Literal["shakespeare", "python"] = Field(description="Text of an installed package.")
     path: Path | None = Field(
         None, description="Of the Shakespeare file; None: downloaded once to the cache folder."
     )

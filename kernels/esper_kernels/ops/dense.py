@@ -48,7 +48,7 @@ _ISOLATED = tl.constexpr(int(Which.ISOLATED))
 class Tile(NamedTuple):
     """Tile of one kernel.
 
-    Args:
+    Attributes:
         rows: Of the result: T, or slots for `weight_grad`.
         cols: Of the result: slots for the hidden kernels, else K.
         depth: Of one step of the inner product; for `project` at most the slots of a narrow tile.

@@ -29,7 +29,7 @@ RECONSTRUCTION = 1
 class Kept(NamedTuple):
     """What a forward keeps for its backward; P slots of units (see `esper_kernels.ops.units`).
 
-    Args:
+    Attributes:
         hidden_TP: `x W_in^T + b` of the awake and the isolated units, `[T, P]`.
         w_in: Their incoming weights, `[P, I]`, rows padded to whole 16-byte words.
         w_out: Their outgoing weights, `[P, O]`, padded likewise.

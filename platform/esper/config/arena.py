@@ -58,7 +58,7 @@ class ArenaTask(Config):
 class Scale(Config):
     """What a score of 0 and a score of 1 mean: means over the pairs of a task."""
 
-    zero: str = "host"
+    zero: str = Field("host", description="The method whose mean is 0.")
     one: tuple[str, ...] = Field(
         ("static-final",), min_length=1, description="The best of these is 1."
     )
@@ -67,14 +67,22 @@ class Scale(Config):
 class ArenaConfig(Config):
     """`esper arena CONFIG`: the file as written; `load_arena` makes the sweeps of it."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Of the arena; begins the name of its folder."
+    )
     treatment: str = Field("esper", description="The method that all others are controls of.")
-    methods: dict[str, Method] = Field(min_length=2)
-    tasks: dict[str, ArenaTask] = Field(min_length=1)
+    methods: dict[str, Method] = Field(
+        min_length=2, description="What is compared, by name; the treatment among them."
+    )
+    tasks: dict[str, ArenaTask] = Field(
+        min_length=1, description="What they are compared on, by name."
+    )
     pairs: int = Field(10, ge=2, le=64, description="Pairs of every task.")
-    scale: Scale = Scale()
-    mlflow: TrackingConfig = TrackingConfig(experiment="arena")
-    output_dir: Path = Path("runs")
+    scale: Scale = Field(Scale(), description="How results of unlike tasks become one score.")
+    mlflow: TrackingConfig = Field(
+        TrackingConfig(experiment="arena"), description="Where MLflow keeps the runs."
+    )
+    output_dir: Path = Field(Path("runs"), description="Folder of records, verdicts and reports.")
 
     @model_validator(mode="after")
     def _names_exist(self) -> "ArenaConfig":

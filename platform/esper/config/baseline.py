@@ -15,14 +15,16 @@ Implementation = Literal["legacy", "kasmina"]
 class Workload(Config):
     """Linear layers with seeds on their outputs, the same for every implementation."""
 
-    layers: PositiveInt = 1
+    layers: PositiveInt = Field(1, description="Linear layers, each with its seeds.")
     width: PositiveInt = Field(description="Features of every layer; divisible by the seeds.")
-    seeds_per_layer: PositiveInt
+    seeds_per_layer: PositiveInt = Field(description="Seeds of each layer.")
     active_seeds: NonNegativeInt = Field(description="Of each layer; the others are dormant.")
-    blueprint: str = "mlp_relu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    blueprint: str = Field("mlp_relu", description="What the active seeds compute.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of weights and inputs.")
     positions: PositiveInt = Field(1, description="Rows of one sample, such as tokens.")
-    batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 16, 32, 64)
+    batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = Field(
+        (1, 16, 32, 64), description="Samples of a request."
+    )
     step_batch_sizes: tuple[PositiveInt, ...] | None = Field(
         None, description="Of the training steps; None: the same."
     )
@@ -53,7 +55,7 @@ class Workload(Config):
 class Requests(Config):
     """Timed requests of one process, at each batch size."""
 
-    forward: int = Field(ge=2)
+    forward: int = Field(ge=2, description="Forward passes without gradient.")
     step: int = Field(ge=2, description="Training steps.")
     window: PositiveInt = Field(5, description="Requests of one window of the warm-up.")
 
@@ -75,14 +77,18 @@ class Lifecycle(Config):
 class BaselineConfig(Config):
     """`esper baseline run CONFIG`."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    device: Literal["cpu", "cuda"] = "cpu"
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Of the baseline, in its report."
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where it is measured.")
     gpus: PositiveInt = Field(
         1, description="Blocks measured side by side, each whole on a GPU of its own; 1 on a CPU."
     )
     threads: PositiveInt = Field(1, description="Of torch, in every process.")
-    seed: NonNegativeInt = 0
-    workload: Workload
+    seed: NonNegativeInt = Field(
+        0, description="Random seed of weights, inputs and the order of the blocks."
+    )
+    workload: Workload = Field(description="What is measured.")
     implementations: Annotated[tuple[Implementation, ...], Field(min_length=1)] = Field(
         ("legacy", "kasmina"), description="The first one is what the others are compared with."
     )
@@ -93,11 +99,15 @@ class BaselineConfig(Config):
     control_blocks: dict[Implementation, int] = Field(
         description="Blocks in which an implementation runs twice, against itself; at least 2."
     )
-    requests: dict[Implementation, Requests]
-    warm_up: WarmUp = WarmUp()
+    requests: dict[Implementation, Requests] = Field(
+        description="How often each implementation is timed."
+    )
+    warm_up: WarmUp = Field(WarmUp(), description="When timing begins.")
     limit_ms: PositiveFloat = Field(100.0, description="A request beyond it is over the limit.")
     busy_s: PositiveFloat = Field(2.0, description="Training during which the GPU is watched.")
-    lifecycle: Lifecycle | None = None
+    lifecycle: Lifecycle | None = Field(
+        None, description="Growing runs that are measured as well; None: none."
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> "BaselineConfig":

@@ -25,8 +25,10 @@ Execution = Literal["kernels", "vectorised", "loop"]
 class Plugin(Config):
     """A registered name with its own options, which that plug-in checks."""
 
-    name: str
-    options: dict[str, Any] = Field(default_factory=dict)
+    name: str = Field(description="The name that it was registered under.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Its options; see below for those that come with Esper."
+    )
 
 
 def build_options(registry: Registry[type[M]], plugin: Plugin, path: str) -> M:
@@ -49,8 +51,12 @@ class SiteConfig(Config):
     """One `attach` call: the places it matches and the seeds that each of them gets."""
 
     sites: str = Field(description="Module path, glob, or a span `a->b`.")
-    seeds_per_layer: PositiveInt
-    geometry: Literal["chunk", "span"] = "chunk"
+    seeds_per_layer: PositiveInt = Field(description="Seeds of each place, dormant at first.")
+    geometry: Literal["chunk", "span"] = Field(
+        "chunk",
+        description="chunk: a seed reads and writes one chunk of the output's channels; span: a "
+        "seed is a unit from the input of `a` to the output of `b`.",
+    )
     hidden: PositiveInt | None = Field(
         None, description="Hidden units a chunk seed has; None: the chunk's width, at least 2."
     )
@@ -63,10 +69,12 @@ class SiteConfig(Config):
 class TrainConfig(Config):
     """The optimizer and its schedule; equal for all arms unless an arm says otherwise."""
 
-    steps: PositiveInt
+    steps: PositiveInt = Field(
+        description="Optimizer steps of the run; a multiple of interval_steps."
+    )
     batch_size: PositiveInt | None = Field(None, description="None: the whole training set.")
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    learning_rate: PositiveFloat = 1e-3
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="Of host and seeds.")
+    learning_rate: PositiveFloat = Field(1e-3, description="After the warm-up.")
     warmup_steps: NonNegativeInt = Field(
         0, description="Steps over which the learning rate rises linearly from 0."
     )
@@ -74,7 +82,7 @@ class TrainConfig(Config):
         "none", description="How the learning rate falls after the warm-up: not at all, or by "
         "half a cosine to 0 at the last step.",
     )  # fmt: skip
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="As the optimizer of torch understands it.")
     interval_steps: PositiveInt = Field(100, description="Optimizer steps between two reports.")
 
     @model_validator(mode="after")
@@ -108,7 +116,11 @@ class TrainConfig(Config):
 class GrowthConfig(Config):
     """Times of the seed lifecycle, the gates' thresholds, and the limits the shield enforces."""
 
-    objective: Literal["desired_update", "reconstruction"] = "desired_update"
+    objective: Literal["desired_update", "reconstruction"] = Field(
+        "desired_update",
+        description="What a seed learns alone in TRAINING: the change of its output that would "
+        "lower the loss, or its own input.",
+    )
     initialisation: Literal["random", "matched", "gradmax", "tiny", "net2net"] = Field(
         "random",
         description="Incoming weights of a new seed: as of `nn.Linear`, or matched to what the "
@@ -138,7 +150,9 @@ class GrowthConfig(Config):
     stabilization_intervals: NonNegativeInt = Field(
         1, description="Intervals of rest between graft and evaluation (G4)."
     )
-    fine_tuning_intervals: PositiveInt = 10
+    fine_tuning_intervals: PositiveInt = Field(
+        10, description="Intervals in FINE_TUNING before a seed is fossilized."
+    )
     embargo_intervals: NonNegativeInt = Field(5, description="Rest of a culled slot (G1).")
     min_gain: float | None = Field(
         0.0, description="G5: least held-out loss that a seed must save; None: a seed need not "
@@ -212,12 +226,21 @@ class FlagsConfig(Config):
 class RunConfig(Config):
     """Everything that one run depends on, except its random seed."""
 
-    task: Plugin
-    host: Plugin
-    train: TrainConfig
-    lattice: tuple[SiteConfig, ...] = ()
-    growth: GrowthConfig = GrowthConfig()
-    controller: Plugin = Plugin(name="static")
+    task: Plugin = Field(description="What is learned: a registered task and its options.")
+    host: Plugin = Field(
+        description="The network that it starts from: a registered host and its options."
+    )
+    train: TrainConfig = Field(description="Optimizer, schedule and length.")
+    lattice: tuple[SiteConfig, ...] = Field(
+        (), description="Places that may grow; empty: the host alone is trained."
+    )
+    growth: GrowthConfig = Field(
+        GrowthConfig(), description="Times of a seed's life, gates and limits."
+    )
+    controller: Plugin = Field(
+        Plugin(name="static"),
+        description="Who decides what is grown: a registered controller and its options.",
+    )
     follow: str | None = Field(
         None,
         description="An arm of the sweep; this arm runs after it, with its growth events.",
@@ -228,7 +251,7 @@ class RunConfig(Config):
     seed_salt: NonNegativeInt = Field(
         0, description="Added to the pair's seed of this arm alone; for A/A runs only."
     )
-    device: str = "cpu"
+    device: str = Field("cpu", description="A device of torch: cpu, cuda or cuda:1.")
     execution: Execution = Field(
         "kernels",
         description="How seeds are computed: all at once by kernels where there are any, all at "

@@ -10,7 +10,7 @@ from esper.config.base import Config
 class ShardsConfig(Config):
     """Shards of one trial, each an actor with a device of its own or a share of one."""
 
-    count: PositiveInt = 1
+    count: PositiveInt = Field(1, description="Actors that train the run together.")
     parallel: Literal["data", "seed"] = Field(
         "data", description="data: every shard has the whole model and its part of each batch. "
         "seed: every shard has the whole batch, and its part of the seeds and of the host's "

@@ -21,19 +21,19 @@ def _is_none(value: object) -> bool:
 class Guardrail(Config):
     """A metric that the treatment must not worsen; non-inferiority at one-sided 0.05."""
 
-    metric: str
+    metric: str = Field(description="A final metric of every trial.")
     margin: float = Field(ge=0, description="Greatest tolerated worsening.")
     relative: bool = Field(
         False, description="True: the margin is a share of the control's mean, not in units."
     )
-    higher_is_better: bool = False
+    higher_is_better: bool = Field(False, description="Whether more of the metric is better.")
 
 
 class Comparison(Config):
     """Treatment against control."""
 
-    treatment: str
-    control: str
+    treatment: str = Field(description="The arm that is judged.")
+    control: str = Field(description="The arm that it is compared with.")
 
 
 class Secondary(Comparison):
@@ -42,8 +42,12 @@ class Secondary(Comparison):
     metric: str | None = Field(
         None, exclude_if=_is_none, description="None: that of the question, and so the next two."
     )
-    higher_is_better: bool | None = Field(None, exclude_if=_is_none)
-    margin: PositiveFloat | None = Field(None, exclude_if=_is_none)
+    higher_is_better: bool | None = Field(
+        None, exclude_if=_is_none, description="Whether more of its metric is better."
+    )
+    margin: PositiveFloat | None = Field(
+        None, exclude_if=_is_none, description="Equivalence margin, in units of its metric."
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> "Secondary":
@@ -60,13 +64,15 @@ class Question(Comparison):
     """What the sweep is to decide; its hash is registered before the first trial."""
 
     metric: str = Field(description="A final metric of every trial.")
-    higher_is_better: bool = True
+    higher_is_better: bool = Field(True, description="Whether more of the metric is better.")
     margin: PositiveFloat = Field(description="Equivalence margin, in units of the metric.")
     test: Literal["sign_flip", "wilcoxon", "e_process"] = Field(
         "sign_flip",
         description="e_process: judged after every pair, and the sweep ends when it is decided.",
     )
-    guardrails: tuple[Guardrail, ...] = ()
+    guardrails: tuple[Guardrail, ...] = Field(
+        (), description="Metrics that the treatment must not worsen, or a WIN is none."
+    )
     secondary: tuple[Secondary, ...] = Field(
         (), description="Further comparisons, Holm-corrected as a family."
     )
@@ -143,15 +149,19 @@ class Search(Config):
 
     over: tuple[str, ...] = Field(min_length=2, description="Arms that are the candidates.")
     metric: str = Field("held_out_loss", description="The curve by which candidates are kept.")
-    higher_is_better: bool = False
+    higher_is_better: bool = Field(False, description="Whether more of the metric is better.")
     eta: int = Field(2, ge=2, description="One in so many candidates goes on.")
 
 
 class Resources(Config):
     """What Ray gives to each trial."""
 
-    cpus_per_trial: PositiveFloat = 1.0
-    gpus_per_trial: float = Field(0.0, ge=0)
+    cpus_per_trial: PositiveFloat = Field(
+        1.0, description="CPUs of a trial; decides how many run at once."
+    )
+    gpus_per_trial: float = Field(
+        0.0, ge=0, description="GPUs of a trial; a fraction lets several trials share one."
+    )
     shards: PositiveInt = Field(
         1,
         description="Actors that train one trial together and share its CPUs and GPUs equally.",
@@ -185,23 +195,33 @@ class Resources(Config):
 class TrackingConfig(Config):
     """Where MLflow keeps the runs."""
 
-    tracking_uri: str = "sqlite:///mlflow.db"
-    experiment: str = "esper"
+    tracking_uri: str = Field(
+        "sqlite:///mlflow.db", description="MLflow's tracking URI: a database or a server."
+    )
+    experiment: str = Field("esper", description="Name of the experiment in MLflow.")
 
 
 class SweepConfig(Config):
     """`esper ab CONFIG`: one base run, arms that differ from it, and the question."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Of the sweep; begins the name of its folder."
+    )
     run: dict[str, Any] = Field(description="The keys of a run; every arm starts from them.")
     arms: dict[str, dict[str, Any]] = Field(min_length=2, description="Overrides of each arm.")
     searches: dict[str, Search] = Field({}, description="Further arms: searches over these arms.")
-    pairs: int = Field(16, ge=2, le=64)
-    first_seed: NonNegativeInt = 0
-    question: Question
-    resources: Resources = Resources()
-    mlflow: TrackingConfig = TrackingConfig()
-    output_dir: Path = Path("runs")
+    pairs: int = Field(16, ge=2, le=64, description="Pairs of random seeds, each run once per arm.")
+    first_seed: NonNegativeInt = Field(
+        0, description="Random seed of the first pair; the others follow."
+    )
+    question: Question = Field(description="What is to be decided.")
+    resources: Resources = Field(
+        Resources(), description="What each trial gets of the machine or cluster."
+    )
+    mlflow: TrackingConfig = Field(TrackingConfig(), description="Where MLflow keeps the runs.")
+    output_dir: Path = Field(
+        Path("runs"), description="Folder of records, checkpoints and verdicts."
+    )
 
     @model_validator(mode="after")
     def _names_exist(self) -> "SweepConfig":

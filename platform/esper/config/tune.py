@@ -69,23 +69,28 @@ class Pbt(Config):
 class Confirm(Config):
     """The paired test of what was found against `run` as it is, on seeds that no search saw."""
 
-    pairs: int = Field(16, ge=2, le=64)
-    first_seed: NonNegativeInt = 0
+    pairs: int = Field(16, ge=2, le=64, description="Pairs of random seeds of the test.")
+    first_seed: NonNegativeInt = Field(
+        0, description="Random seed of the first pair; none of the search's."
+    )
     metric: str = Field(description="A final metric, such as test_accuracy.")
-    higher_is_better: bool = True
+    higher_is_better: bool = Field(True, description="Whether more of the metric is better.")
     margin: float = Field(gt=0, description="Equivalence margin, in units of the metric.")
 
 
 class TuneConfig(Config):
     """`esper tune CONFIG`: a base run, what may change in it, and how the best is looked for."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9_-]*$",
+        description="Of the search; begins the name of its folder.",
+    )
     run: dict[str, Any] = Field(description="The keys of a run; every candidate starts from them.")
     space: dict[str, Domain] = Field(min_length=1, description="By dotted key of the run.")
     metric: str = Field(
         "held_out_loss", pattern=r"^held_out_", description="What the search sees, every report."
     )
-    higher_is_better: bool = False
+    higher_is_better: bool = Field(False, description="Whether more of the metric is better.")
     search: Literal["random", "optuna"] = Field(
         "random", description="optuna: by its tree-structured Parzen estimator."
     )
@@ -99,10 +104,14 @@ class TuneConfig(Config):
         None, description="Steps between two reports to the scheduler; None: one interval."
     )
     seed: NonNegativeInt = Field(1000, description="Of the search, and of every candidate's run.")
-    confirm: Confirm
-    resources: Resources = Resources()
-    mlflow: TrackingConfig = TrackingConfig()
-    output_dir: Path = Path("runs")
+    confirm: Confirm = Field(description="How the best candidate is tested on fresh seeds.")
+    resources: Resources = Field(
+        Resources(), description="What each candidate gets of the machine or cluster."
+    )
+    mlflow: TrackingConfig = Field(
+        TrackingConfig(), description="Where MLflow keeps the candidates."
+    )
+    output_dir: Path = Field(Path("runs"), description="Folder of candidates and of the test.")
 
     @model_validator(mode="after")
     def _fresh_seeds(self) -> "TuneConfig":

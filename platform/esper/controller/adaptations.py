@@ -42,10 +42,10 @@ Features = dict[str, float]
 class Candidate(Config):
     """A seed that might have been germinated, and what was known of it."""
 
-    site: str = Field(min_length=1, max_length=200)
-    seed: int = Field(ge=0, le=2**31 - 1)
-    blueprint: str = Field(min_length=1, max_length=200)
-    graft: str = Field(min_length=1, max_length=200)
+    site: str = Field(min_length=1, max_length=200, description="Where it is.")
+    seed: int = Field(ge=0, le=2**31 - 1, description="Which seed of the site.")
+    blueprint: str = Field(min_length=1, max_length=200, description="What it would compute.")
+    graft: str = Field(min_length=1, max_length=200, description="How it would be blended in.")
     features: Features = Field(max_length=64, description="What was measured; see `features_of`.")
 
     @field_validator("features")
@@ -59,7 +59,9 @@ class Candidate(Config):
 class Draw(Config):
     """How a candidate was drawn from several."""
 
-    candidates: tuple[Candidate, ...] = Field(min_length=1, max_length=64)
+    candidates: tuple[Candidate, ...] = Field(
+        min_length=1, max_length=64, description="The candidates that it was drawn from."
+    )
     chosen: int = Field(ge=0, description="Index of the candidate that was germinated.")
     propensity: float = Field(gt=0, le=1, description="Probability with which it was drawn.")
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from pydantic import ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from esper.config.base import Config
 from esper.config.run import GrowthConfig
@@ -141,8 +141,8 @@ class ControllerOptions(Config):
 class GrowingOptions(ControllerOptions):
     """What a controller that germinates seeds needs to know about them."""
 
-    blueprint: str = "mlp_gelu"
-    graft: str = "linear"
+    blueprint: str = Field("mlp_gelu", description="What new seeds compute.")
+    graft: str = Field("linear", description="How new seeds are blended in.")
 
     @field_validator("blueprint", "graft")
     @classmethod

@@ -195,7 +195,7 @@ class TamiyoOptions(GrowingOptions):
         "that the best new unit must explain for the second trigger. Of n rows, the best of 64 "
         "units explains about 8 / n by chance.",
     )  # fmt: skip
-    seeds_per_wave: PositiveInt = 2
+    seeds_per_wave: PositiveInt = Field(2, description="Seeds that are woken together.")
     min_wave_gain_se: float | None = Field(
         None,
         description="Stopping rule: standard errors by which the held-out gain of a wave must "

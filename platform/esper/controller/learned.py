@@ -263,7 +263,9 @@ class LearnedOptions(TamiyoOptions):
         ("low_rank", "mlp_relu", "mlp_gelu", "glu"), min_length=1,
         description="What may be germinated, where it fits.",
     )  # fmt: skip
-    grafts: tuple[str, ...] = Field(("linear",), min_length=1)
+    grafts: tuple[str, ...] = Field(
+        ("linear",), min_length=1, description="Graft strategies to choose among."
+    )
     places: PositiveInt = Field(
         2, description="Seeds of a chunk site that are candidates, the most promising first."
     )

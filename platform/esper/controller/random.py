@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from esper.controller.base import (
     CONTROLLERS,
@@ -59,8 +59,10 @@ class RandomController:
 class RandomOptions(GrowingOptions):
     """When and what to grow, besides what the followed arm grew, if the arm follows one."""
 
-    at_intervals: tuple[PositiveInt, ...] = ()
-    count: PositiveInt = 1
+    at_intervals: tuple[PositiveInt, ...] = Field(
+        (), description="Intervals at whose end it germinates."
+    )
+    count: PositiveInt = Field(1, description="Seeds each time.")
 
     def build(self, seed: int, events: tuple[GrowthEvent, ...] = ()) -> Controller:
         """A random controller."""

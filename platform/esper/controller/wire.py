@@ -78,8 +78,8 @@ class WireError(ValueError):
 class SiteWire(Config):
     """Telemetry of one site; see `esper.seeds.report.SiteReport` for what the columns mean."""
 
-    name: Name
-    geometry: Literal["chunk", "span"]
+    name: Name = Field(description="The site's name.")
+    geometry: Literal["chunk", "span"] = Field(description="chunk or span.")
     seeds: int = Field(ge=1, le=MAX_SEEDS, description="Seeds of the site.")
     columns: dict[str, Column] = Field(
         description="Every column of the report: " + ", ".join(sorted(_COLUMNS)) + ".",
@@ -136,22 +136,24 @@ class SiteWire(Config):
 class ReportWire(Config):
     """One interval of one run; see `esper.seeds.report.Report`."""
 
-    interval: PositiveInt
-    step: NonNegativeInt
-    loss: float | None
-    held_out_loss: float | None
-    grad_norm: float | None
-    host_drift_frac: float | None
-    host_parameters: NonNegativeInt
-    parameters: NonNegativeInt
-    growth: GrowthConfig
+    interval: PositiveInt = Field(description="Number of the interval, from 1.")
+    step: NonNegativeInt = Field(description="Optimizer steps done.")
+    loss: float | None = Field(description="Mean training loss of the interval; null: not finite.")
+    held_out_loss: float | None = Field(description="Loss on held-out samples; null: not measured.")
+    grad_norm: float | None = Field(description="Norm of the host's gradient; null: not measured.")
+    host_drift_frac: float | None = Field(
+        description="Relative change of the host's weights in the interval; null: not measured."
+    )
+    host_parameters: NonNegativeInt = Field(description="Parameters of the host.")
+    parameters: NonNegativeInt = Field(description="Parameters of host and awake seeds.")
+    growth: GrowthConfig = Field(description="The run's settings of growth.")
     blueprints: tuple[Name, ...] = Field(
         max_length=256, description="The sender's blueprints; blueprint_id counts in this list."
     )
     grafts: tuple[Name, ...] = Field(
         max_length=256, description="The sender's graft strategies, for graft_id."
     )
-    sites: tuple[SiteWire, ...] = Field(max_length=MAX_SITES)
+    sites: tuple[SiteWire, ...] = Field(max_length=MAX_SITES, description="Telemetry of each site.")
 
     @field_validator("growth", mode="wrap")
     @classmethod
@@ -247,7 +249,7 @@ class DecideRequest(Config):
     memory: dict[str, Any] | None = Field(
         None, description="As the last answer gave it; null at the start of a run."
     )
-    report: ReportWire
+    report: ReportWire = Field(description="What the interval measured.")
 
     def dump(self, binary: bool) -> dict[str, Any]:
         """As plain values."""
@@ -258,8 +260,10 @@ class DecideRequest(Config):
 class ActionWire(Config):
     """One action; `fields` are those of its class in `esper.seeds.actions`."""
 
-    action: Literal["Germinate", "Promote", "Advance", "Cull", "Cancel", "Rollback"]
-    fields: dict[str, str | int]
+    action: Literal["Germinate", "Promote", "Advance", "Cull", "Cancel", "Rollback"] = Field(
+        description="Name of the action."
+    )
+    fields: dict[str, str | int] = Field(description="Its fields, by name.")
     draw: Draw | None = Field(
         None, description="How a germination was drawn, for the field report; null: it was not."
     )
@@ -284,7 +288,7 @@ class ActionWire(Config):
 class DecideResponse(Config):
     """What the policy decided."""
 
-    request_id: RequestId
+    request_id: RequestId = Field(description="That of the request.")
     policy: Name = Field(description="Version that decided.")
     report_hash: str = Field(description="See `report_hash`.")
     actions: tuple[ActionWire, ...] = Field(description="In the order of their application.")
@@ -300,7 +304,9 @@ class DecideResponse(Config):
 class FeedbackRequest(Config):
     """What became of adaptations."""
 
-    reports: tuple[FieldReport, ...] = Field(max_length=256)
+    reports: tuple[FieldReport, ...] = Field(
+        max_length=256, description="Field reports; each request id is stored once."
+    )
 
 
 class FeedbackResponse(Config):

@@ -33,14 +33,14 @@ class Rule(Config):
     when: Annotated[
         dict[Text, Annotated[tuple[Attribute, ...], Field(min_length=1)]], Field(min_length=1)
     ] = Field(description="Attribute to the values it may have: `device: [cuda]`.")
-    serve: bool
+    serve: bool = Field(description="The answer where the rule fits.")
 
 
 class Flag(Config):
     """One flag. The fields that decide are listed in the order in which they are asked."""
 
-    description: Text
-    owner: Text
+    description: Text = Field(description="What the flag switches, for people.")
+    owner: Text = Field(description="Who acts when it expires.")
     expires: date = Field(description="Day after which the flag should be gone from the code.")
     environments: dict[Text, bool] = Field(
         default_factory=dict, description="Answer for a whole environment, whatever else is said."
@@ -77,9 +77,11 @@ class Flag(Config):
 class FlagFile(Config):
     """All flags, and the names of the environments they may speak of."""
 
-    version: Literal[1]
-    environments: tuple[Text, ...] = ()
-    flags: dict[Name, Flag]
+    version: Literal[1] = Field(description="Of the file's format.")
+    environments: tuple[Text, ...] = Field(
+        (), description="Names that a flag's `environments` may use."
+    )
+    flags: dict[Name, Flag] = Field(description="The flags by name.")
 
     @model_validator(mode="after")
     def _known_names(self) -> "FlagFile":

@@ -47,10 +47,14 @@ class Quantity(Record):
 class Assertion(Config):
     """`metric` compared with `value`, in `unit`."""
 
-    metric: Text
-    comparison: Literal["<", "<=", ">", ">=", "=="]
-    value: float
-    unit: Text
+    metric: Text = Field(description="Name of the quantity in the evidence.")
+    comparison: Literal["<", "<=", ">", ">=", "=="] = Field(
+        description="How the quantity must compare with `value`."
+    )
+    value: float = Field(description="What it is compared with.")
+    unit: Text = Field(
+        description="Unit that the quantity must have; in another it counts as not measured."
+    )
 
     def __str__(self) -> str:
         return f"{self.metric} {self.comparison} {self.value:g} {self.unit}"
@@ -59,20 +63,22 @@ class Assertion(Config):
 class Alert(Assertion):
     """A quantity of a running rollout that must not be so; its assertion is the alarm."""
 
-    name: Name
-    on_firing: Literal["rollback", "hold"]
-    owner: Text
+    name: Name = Field(description="Name of the alert.")
+    on_firing: Literal["rollback", "hold"] = Field(
+        description="What the judge decides when it fires."
+    )
+    owner: Text = Field(description="Who is called.")
 
 
 class Guard(Config):
     """A metric that is measured in pairs, new against old, and how much worse it may get."""
 
-    metric: Text
-    unit: Text
+    metric: Text = Field(description="Name of the measured pairs in the evidence.")
+    unit: Text = Field(description="Unit of the measured values.")
     compare: Literal["ratio", "difference"] = Field(
         description="ratio: logarithm of new over old; difference: new minus old."
     )
-    worse: Literal["higher", "lower"]
+    worse: Literal["higher", "lower"] = Field(description="Which direction is harm.")
     margin: PositiveFloat = Field(
         description="What is tolerated: a fraction of the old value for a ratio, else in `unit`."
     )
@@ -103,7 +109,9 @@ class Guard(Config):
 class Policy(Config):
     """What the judge needs to know besides the evidence."""
 
-    guards: Annotated[tuple[Guard, ...], Field(min_length=1)]
+    guards: Annotated[tuple[Guard, ...], Field(min_length=1)] = Field(
+        description="Metrics that must not get worse."
+    )
     alpha_rollback: float = Field(
         gt=0,
         le=0.05,
@@ -135,7 +143,7 @@ class Policy(Config):
 class Rollout(Config):
     """Which flag is ramped up, and by which shares."""
 
-    flag: Name
+    flag: Name = Field(description="The flag that is ramped up.")
     steps_bp: Annotated[tuple[int, ...], Field(min_length=2)] = Field(
         description="Shares of models in basis points: a canary of at most 5 %, up to 100 %."
     )
@@ -155,25 +163,29 @@ class Rollout(Config):
 class Phase(Config):
     """One phase."""
 
-    number: int
-    name: Text
-    goal: Text
-    owners: Annotated[tuple[Text, ...], Field(min_length=1)]
+    number: int = Field(description="From 0 on.")
+    name: Text = Field(description="A fixed name for each number.")
+    goal: Text = Field(description="What is better when it is done, for people.")
+    owners: Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
+        description="Who decides and who is called."
+    )
     targets: Annotated[tuple[Assertion, ...], Field(min_length=1)] = Field(
         description="What the phase is for."
     )
     gates: Annotated[tuple[Assertion, ...], Field(min_length=1)] = Field(
         description="What must hold besides, before any model is given the new path."
     )
-    rollout: Rollout
-    alerts: Annotated[tuple[Alert, ...], Field(min_length=1)]
+    rollout: Rollout = Field(description="Its flag and the shares.")
+    alerts: Annotated[tuple[Alert, ...], Field(min_length=1)] = Field(
+        description="What stops the rollout while it runs."
+    )
 
 
 class PhaseFile(Config):
     """All phases, in order."""
 
-    version: Literal[1]
-    phases: tuple[Phase, ...]
+    version: Literal[1] = Field(description="Of the file's format.")
+    phases: tuple[Phase, ...] = Field(description="All phases, from 0 on.")
 
     @model_validator(mode="after")
     def _all_in_order(self) -> "PhaseFile":
@@ -197,10 +209,10 @@ class PhaseFile(Config):
 class Migration(Config):
     """The migration's settings; paths are relative to the file that holds them."""
 
-    version: Literal[1]
-    flags: Path
-    phases: Path
-    policy: Policy
+    version: Literal[1] = Field(description="Of the file's format.")
+    flags: Path = Field(description="The file of flags.")
+    phases: Path = Field(description="The file of phases.")
+    policy: Policy = Field(description="How a rollout is judged.")
 
 
 class Plan(NamedTuple):

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 class Action:
     """Moves one seed of one site.
 
+    Every action has a `reason` besides: why the controller does it; it goes to the growth log.
+
     Attributes:
         site: Name of the site in the lattice.
         seed: Index of the seed in the site.
-        reason: Why the controller does it; goes to the growth log.
     """
 
     site: str

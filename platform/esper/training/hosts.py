@@ -43,8 +43,10 @@ class Mlp(Host):
     """`fc1 -> act1 -> fc2 -> ... -> out`, a plain `nn.Sequential`."""
 
     hidden: tuple[PositiveInt, ...] = Field(min_length=1, description="Widths of the layers.")
-    activation: Literal["relu", "gelu", "silu", "tanh", "unit_slope_relu"] = "relu"
-    bias: bool = True
+    activation: Literal["relu", "gelu", "silu", "tanh", "unit_slope_relu"] = Field(
+        "relu", description="Between the layers."
+    )
+    bias: bool = Field(True, description="Whether layers have biases.")
 
     def build(self, data: TaskData) -> nn.Module:
         """Maps `[N, inputs]` to `[N, outputs]`."""
@@ -62,7 +64,7 @@ class Mlp(Host):
 class Conv1dNet(Host):
     """Three strided convolutions over a signal, then a linear layer."""
 
-    channels: PositiveInt = 25
+    channels: PositiveInt = Field(25, description="Of each convolution.")
 
     def build(self, data: TaskData) -> nn.Module:
         """Maps `[N, inputs]` to `[N, outputs]`; the input is one channel."""
@@ -88,8 +90,13 @@ class Conv1dNet(Host):
 class Factory(Host):
     """A function of yours, `package.module:function`, called with `arguments`."""
 
-    path: str = Field(pattern=r"^[\w.]+:\w+$")
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    path: str = Field(
+        pattern=r"^[\w.]+:\w+$",
+        description="`package.module:function`, importable where the run runs.",
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the function."
+    )
 
     def build(self, data: TaskData) -> nn.Module:
         """Whatever the function returns.

@@ -92,10 +92,12 @@ TASKS: Registry[type[Task]] = Registry("task")
 class Spirals(Task):
     """Two interleaved spirals; radius spread so that the density is even."""
 
-    train_samples: PositiveInt = 2000
-    held_out_samples: PositiveInt = 1000
-    test_samples: PositiveInt = 2000
-    turns: PositiveFloat = 1.75
+    train_samples: PositiveInt = Field(2000, description="Samples to train on.")
+    held_out_samples: PositiveInt = Field(1000, description="Samples that growth is judged by.")
+    test_samples: PositiveInt = Field(
+        2000, description="Samples that nothing but the final metrics sees."
+    )
+    turns: PositiveFloat = Field(1.75, description="Turns of each spiral.")
     noise: float = Field(0.02, ge=0, description="Standard deviation; the outer radius is 1.")
 
     def load(self, seed: int) -> TaskData:
@@ -119,9 +121,11 @@ class Spirals(Task):
 class Moons(Task):
     """Scikit-learn's two moons, with noise that no network can see through."""
 
-    train_samples: PositiveInt = 1000
-    held_out_samples: PositiveInt = 1000
-    test_samples: PositiveInt = 2000
+    train_samples: PositiveInt = Field(1000, description="Samples to train on.")
+    held_out_samples: PositiveInt = Field(1000, description="Samples that growth is judged by.")
+    test_samples: PositiveInt = Field(
+        2000, description="Samples that nothing but the final metrics sees."
+    )
     noise: float = Field(0.3, ge=0, description="Standard deviation; a moon's radius is 1.")
 
     def load(self, seed: int) -> TaskData:
@@ -185,11 +189,11 @@ class TeacherStudent(Task):
     """Regression on a random ReLU teacher (Evci et al., "GradMax", ICLR 2022)."""
 
     kind: ClassVar[Literal["classification", "regression"]] = "regression"
-    train_samples: PositiveInt = 1000
-    held_out_samples: PositiveInt = 1000
-    inputs: PositiveInt = 10
-    hidden: PositiveInt = 10
-    outputs: PositiveInt = 10
+    train_samples: PositiveInt = Field(1000, description="Samples to train on.")
+    held_out_samples: PositiveInt = Field(1000, description="Samples that growth is judged by.")
+    inputs: PositiveInt = Field(10, description="Inputs of the teacher.")
+    hidden: PositiveInt = Field(10, description="Hidden units of the teacher.")
+    outputs: PositiveInt = Field(10, description="Outputs of the teacher.")
 
     def load(self, seed: int) -> TaskData:
         """Inputs N(0, 1), targets of a teacher without bias and with weights U(-1, 1)."""
