@@ -20,7 +20,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def declared() -> list[Requirement]:
-    texts = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    extras = PROJECT["optional-dependencies"]
+    # what `make install` installs
+    texts = PROJECT["dependencies"] + extras["dev"] + extras["docs"]
     return [Requirement(text) for text in texts]
 
 
