@@ -30,6 +30,8 @@ def main() -> None:
         raise SystemExit(2)
     from esper.cli.main import app
 
+    # plug-ins and hosts may be modules of the folder one works in; last, so that it hides nothing
+    sys.path.append(str(Path.cwd()))
     app()
 
 

@@ -56,6 +56,18 @@ def test_without_the_library_the_command_runs():
     assert "doctor" in done.stdout
 
 
+def test_a_module_of_the_working_folder_is_found(tmp_path):
+    """A console script itself does not look there; `python -P` stands for one."""
+    (tmp_path / "mine.py").write_text("print('mine was imported')\n")
+    config = "plugins: [mine]\ntask: {name: nowhere}\nhost: {name: mlp}\ntrain: {steps: 100}\n"
+    (tmp_path / "run.yaml").write_text(config)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", RUN, "run", "run.yaml"],
+        cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True,
+    )  # fmt: skip
+    assert "mine was imported" in done.stdout, done.stderr
+
+
 def test_the_console_script_is_this_entry():
     (script,) = [
         point
