@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import cache
+from typing import Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 from pydantic import ValidationInfo, field_validator
 
@@ -51,9 +52,22 @@ class Stopping(Protocol):
         ...
 
 
+P = TypeVar("P")
+
+
+def _is(controller: Controller, protocol: type[P]) -> TypeGuard[P]:
+    """`isinstance` of a protocol, which would look at every attribute anew for each decision."""
+    return _implements(type(controller), protocol)
+
+
+@cache
+def _implements(kind: type, protocol: type) -> bool:
+    return issubclass(kind, protocol)
+
+
 def may_grow(controller: Controller, interval: int) -> bool:
     """Whether new seeds must be reckoned with at the end of an interval."""
-    return not isinstance(controller, Stopping) or controller.may_grow(interval)
+    return not _is(controller, Stopping) or controller.may_grow(interval)
 
 
 @runtime_checkable
@@ -71,7 +85,7 @@ class Switched(Protocol):
 
 def switch(controller: Controller, on: Set[str]) -> Set[str]:
     """Tell a controller which flags are on; returns those that it heeds."""
-    return controller.switch(on) if isinstance(controller, Switched) else frozenset()
+    return controller.switch(on) if _is(controller, Switched) else frozenset()
 
 
 class Stateless:
@@ -91,7 +105,7 @@ def memory_of(controller: Controller) -> dict[str, Any]:
     Raises:
         ValueError: If it has attributes but no `state_dict`: a part of it would be forgotten.
     """
-    if isinstance(controller, Remembering):
+    if _is(controller, Remembering):
         return controller.state_dict()
     if getattr(controller, "__dict__", None):
         raise ValueError(
@@ -104,7 +118,7 @@ def memory_of(controller: Controller) -> dict[str, Any]:
 
 def remind(controller: Controller, memory: dict[str, Any]) -> None:
     """Let a controller remember what `memory_of` returned."""
-    if isinstance(controller, Remembering):
+    if _is(controller, Remembering):
         controller.load_state_dict(memory)
 
 
