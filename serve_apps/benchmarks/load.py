@@ -42,8 +42,9 @@ from esper_serve.launch import ENVIRONMENT
 from esper_serve.tokens import add_token
 
 NOOP, DECIDE = "/noop", "/v1/decide"
-# a rate is sustained while it is served and its slowest hundredth takes less than this many medians
-KNEE_TAIL = 5.0
+# a rate is sustained while it is served and half of it takes no longer than this many times what
+# half takes at a tenth of the rate: until then no queue has formed
+KNEE_RISE = 2.0
 
 
 class Connection(asyncio.Protocol):
@@ -264,6 +265,18 @@ class Served:
                     break
         return found
 
+    def memory(self) -> dict[str, Any]:
+        """Resident MiB and process ids by what processes do."""
+        sizes, pids = dict[str, float](), dict[str, list[int]]()
+        for role, processes in self.processes().items():
+            try:
+                sizes[role] = sum(p.memory_info().rss for p in processes) / 2**20
+            except psutil.Error:
+                # replaced at this moment: the next look finds another
+                continue
+            pids[role] = [p.pid for p in processes]
+        return {"mib": sizes, "pids": pids}
+
     def dashboard(self) -> str:
         """Where `serve deploy` finds it."""
         for process in self.process.children(recursive=True):
@@ -284,13 +297,13 @@ class Served:
 ROLES = {
     "replica": "ServeReplica:tamiyo", "controller": "ServeController",
     "proxy's manager": "ProxyActor", "haproxy": "haproxy -", "raylet": "raylet/raylet",
-    "agent": "dashboard/agent.py", "gcs": "gcs_server", "dashboard": "dashboard/dashboard.py",
+    "agent": "DashboardAgent", "gcs": "gcs_server", "dashboard": "dashboard/dashboard.py",
 }  # fmt: skip
 
 
 @contextmanager
-def served(proxy: str, replicas: int = 1) -> Iterator[Served]:
-    """Both applications behind a proxy, as `serve run` does it."""
+def served(proxy: str, replicas: int = 1, *, nothing: bool = False) -> Iterator[Served]:
+    """The service, or both applications, behind a proxy, as `serve run` does it."""
     with tempfile.TemporaryDirectory() as name, socket_of_nobody() as port:
         folder = Path(name)
         token = add_token(folder / "tokens.yaml", "load", "client")
@@ -299,12 +312,12 @@ def served(proxy: str, replicas: int = 1) -> Iterator[Served]:
             "proxy_location": "HeadOnly",
             "http_options": {"host": "127.0.0.1", "port": port, "request_timeout_s": 15},
             "applications": [
-                {"name": "noop", "route_prefix": NOOP, "import_path": "load:noop",
-                 "deployments": [{"name": "Noop", "num_replicas": 1, **resources}]},
                 {"name": "tamiyo", "route_prefix": "/", "import_path": "esper_serve.app:build",
                  "args": {"home": name, "rate_limit": "1000000/second"},
                  "deployments": [{"name": "Tamiyo", "num_replicas": replicas, **resources}]},
-            ],
+                {"name": "noop", "route_prefix": NOOP, "import_path": "load:noop",
+                 "deployments": [{"name": "Noop", "num_replicas": replicas, **resources}]},
+            ][: 2 if nothing else 1],
         }  # fmt: skip
         command = str(Path(sys.executable).parent / "serve")
         started = Served(port, token, psutil.Process(), config, environment(folder, proxy), folder)
@@ -314,6 +327,10 @@ def served(proxy: str, replicas: int = 1) -> Iterator[Served]:
             )
         try:
             _wait_for(f"http://127.0.0.1:{port}/readyz", process, folder / "log")
+            if nothing:
+                _wait_for(f"http://127.0.0.1:{port}{NOOP}/docs", process, folder / "log")
+            # the proxy starts anew for each replica that comes
+            time.sleep(10)
             yield replace(started, process=psutil.Process(process.pid))
         finally:
             process.terminate()
@@ -368,7 +385,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 def compared(proxy: str, options: argparse.Namespace) -> dict[str, Any]:
     """The same behind one proxy."""
     found: dict[str, Any] = {}
-    with served(proxy, options.replicas) as service:
+    with served(proxy, options.replicas, nothing=True) as service:
         large = decide_traffic(service, 4096, 64)
         traffics = {
             "no-op": Traffic(service.port, NOOP + "/", b"x" * 512, ""),
@@ -413,7 +430,7 @@ def say(about: str, name: str, point: dict[str, float] | None = None) -> None:
 def curve(options: argparse.Namespace) -> dict[str, Any]:
     """Open load at growing rates, the knee, and a long run at 70 % of it.
 
-    The knee is the highest rate that is sustained: served, with a tail that is short enough.
+    The knee is the highest rate up to which all are sustained.
     """
     with served("haproxy", options.replicas) as service:
         traffic = decide_traffic(service, 64, 8)
@@ -427,7 +444,8 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
             points.append({"offered_per_s": rate, **point})
             say("open", f"{rate:.0f}/s offered", point)
             sustained = point["behind_s"] < 0.02 * seconds and not point["failures"]
-            if sustained and point["p99_ms"] <= KNEE_TAIL * point["p50_ms"]:
+            lower = knee == (points[-2]["offered_per_s"] if points[1:] else 0.0)
+            if lower and sustained and point["p50_ms"] <= KNEE_RISE * points[0]["p50_ms"]:
                 knee = rate
         found: dict[str, Any] = {"closed_per_s": most, "points": points, "knee_per_s": knee}
         if options.open_s and knee:
@@ -527,7 +545,7 @@ def kill_two(service: Served) -> None:
 def update(service: Served) -> None:
     """Deploy another version of the policy, which replaces both replicas."""
     before = {p.pid for p in service.processes()["replica"]}
-    service.config["applications"][1]["args"] |= {
+    service.config["applications"][0]["args"] |= {
         "policies": {"heuristic-1": {"name": "tamiyo"},
                      "eager-1": {"name": "tamiyo", "options": {"patience_intervals": 1}}},
         "active": "eager-1",
@@ -559,9 +577,12 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
         small, large = decide_traffic(service, 64, 8), decide_traffic(service, 4096, 64)
         told = Traffic(service.port, "/v1/feedback", outcome(), service.token)
         found = asyncio.run(steady(service, (small, large, told), options))
-    for role, kept in found["memory"].items():
-        kept["slope_mib_per_h"] = slope(found["seconds"], kept["mib"], options.soak_s)
-        low, middle, high = kept["slope_mib_per_h"]
+    found["slope_mib_per_h"] = {}
+    for role in ROLES:
+        kept = [(one["s"], one["mib"][role]) for one in found["memory"] if role in one["mib"]]
+        if not kept:
+            raise RuntimeError(f"the service must have the process '{role}', but has not.")
+        found["slope_mib_per_h"][role] = [low, middle, high] = slope(kept, options.soak_s)
         say("soak", f"{role}: {middle:+.2f} MiB/h (95 %: {low:+.2f} to {high:+.2f})")
     return found
 
@@ -578,13 +599,9 @@ async def steady(
 ) -> dict[str, Any]:
     """Ask at a constant rate, and look at the memory every ten seconds."""
     small, large, told = (t.requests() for t in traffics)
-    # the proxy starts anew when the second application is there
-    await asyncio.sleep(10)
-    connection, roles = await connected(service.port), service.processes()
-    memory: dict[str, Any] = {role: {"pids": [p.pid for p in ps], "mib": []}
-                              for role, ps in roles.items()}  # fmt: skip
-    found: dict[str, Any] = {"asked": 0, "failures": 0, "paused_s": [], "seconds": [],
-                             "per_s": options.soak_per_s, "memory": memory}  # fmt: skip
+    connection = await connected(service.port)
+    found: dict[str, Any] = {"asked": 0, "failures": 0, "paused_s": [], "memory": [],
+                             "per_s": options.soak_per_s}  # fmt: skip
     started = last = time.monotonic()
     looked = started - 10
     while (now := time.monotonic()) < started + options.soak_s:
@@ -593,11 +610,9 @@ async def steady(
         last = now
         if now - looked >= 10:
             looked = now
-            # a process that has gone ends it: memory would seem to be given back
-            sizes = {r: sum(p.memory_info().rss for p in ps) for r, ps in roles.items()}
-            found["seconds"].append(now - started)
-            for role, size in sizes.items():
-                memory[role]["mib"].append(size / 2**20)
+            found["memory"].append({"s": now - started, **service.memory()})
+            if len(found["memory"]) % 30 == 1:
+                print(json.dumps({**found, "memory": found["memory"][-1]}), flush=True)
         number = found["asked"] = found["asked"] + 1
         kind = {1: large, 2: told}.get(number % 1000, small)
         if connection.gone:
@@ -611,16 +626,15 @@ async def steady(
     return found
 
 
-def slope(seconds: list[float], mib: list[float], whole_s: float) -> list[float]:
+def slope(sizes: list[tuple[float, float]], whole_s: float) -> list[float]:
     """MiB an hour with its 95 % interval, after a third of the time.
 
     Memory is what it was ten seconds before and a little more: the error allows for values that
     hang together over five minutes (Newey and West).
     """
-    x, y = np.array(seconds) / 3600, np.array(mib)
-    kept = np.array(seconds) > whole_s / 3
-    fit = sm.OLS(y[kept], sm.add_constant(x[kept])).fit(
-        cov_type="HAC", cov_kwds={"maxlags": min(30, int(kept.sum() / 3))}
+    x, y = np.array([(s / 3600, mib) for s, mib in sizes if s > whole_s / 3]).T
+    fit = sm.OLS(y, sm.add_constant(x)).fit(
+        cov_type="HAC", cov_kwds={"maxlags": min(30, len(x) // 3)}
     )
     low, high = fit.conf_int()[1]
     return [float(low), float(fit.params[1]), float(high)]
