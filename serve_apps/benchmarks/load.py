@@ -34,14 +34,14 @@ import yaml
 
 from esper.controller.contract import random_reports, random_site
 from esper.controller.remote import TOKEN_VARIABLE, Client, RemoteError, RemoteOptions
-from esper.controller.wire import MSGPACK, DecideRequest, ReportWire, pack
+from esper.controller.wire import MSGPACK, DecideRequest, DecideResponse, ReportWire, pack, unpack
 from esper.environment import fingerprint, machine
 from esper.evidence.records import write_text
 from esper_serve.api import example_feedback
 from esper_serve.launch import ENVIRONMENT
 from esper_serve.tokens import add_token
 
-NOOP, DECIDE = "/noop", "/v1/decide"
+DECIDE = "/v1/decide"
 # a rate is sustained while it is served and half of it takes no longer than this many times what
 # half takes at a tenth of the rate: until then no queue has formed
 KNEE_RISE = 2.0
@@ -231,6 +231,56 @@ def noop(args: dict[str, Any]) -> Any:
     return deployment.bind()
 
 
+def single(args: dict[str, Any]) -> Any:
+    """The Serve application that decides and does nothing else."""
+    return deciding(args, batched=False)
+
+
+def batched(args: dict[str, Any]) -> Any:
+    """The same by `serve.batch`."""
+    return deciding(args, batched=True)
+
+
+def deciding(args: dict[str, Any], *, batched: bool) -> Any:
+    """The Serve application that decides one by one, or as many as wait together."""
+    from fastapi import FastAPI, Request, Response
+    from ray import serve
+
+    from esper.monitoring.metrics import PrometheusExporter
+    from esper_serve.admin_log import AdminLog
+    from esper_serve.policies import Policies
+    from esper_serve.settings import ServiceSettings
+
+    api = FastAPI()
+
+    class Deciding:
+        def __init__(self) -> None:
+            settings = ServiceSettings(**args)
+            metrics = PrometheusExporter("esper_tamiyo", constant={"replica": "load"})
+            self._policies = Policies(settings, AdminLog(settings.database_url), {}, metrics)
+
+        @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.002)
+        async def _together(self, requests: list[DecideRequest]) -> list[DecideResponse]:
+            return [self._policies.decide(request, "load") for request in requests]
+
+        @api.post("/")
+        async def decide(self, request: Request) -> Response:
+            asked = DecideRequest.model_validate(unpack(await request.body(), MSGPACK))
+            if batched:
+                answer = await self._together(asked)
+            else:
+                answer = self._policies.decide(asked, "load")
+            return Response(pack(answer.model_dump(mode="json"), MSGPACK), media_type=MSGPACK)
+
+    options = {"max_ongoing_requests": 64, "logging_config": {"enable_access_log": False}}
+    deployment: Any = serve.deployment(**options)(serve.ingress(api)(Deciding))
+    return deployment.bind()
+
+
+# applications beside the service, and the class of each
+OTHERS = {"noop": "Noop", "single": "Deciding", "batched": "Deciding"}
+
+
 @dataclass(frozen=True)
 class Served:
     """A running service.
@@ -302,22 +352,23 @@ ROLES = {
 
 
 @contextmanager
-def served(proxy: str, replicas: int = 1, *, nothing: bool = False) -> Iterator[Served]:
-    """The service, or both applications, behind a proxy, as `serve run` does it."""
+def served(proxy: str, replicas: int = 1, others: tuple[str, ...] = ()) -> Iterator[Served]:
+    """The service, and other applications beside it, behind a proxy, as `serve run` does it."""
     with tempfile.TemporaryDirectory() as name, socket_of_nobody() as port:
         folder = Path(name)
         token = add_token(folder / "tokens.yaml", "load", "client")
-        resources = {"ray_actor_options": {"num_cpus": 0.2}}
+        each = {"num_replicas": replicas, "ray_actor_options": {"num_cpus": 0.2}}
+        args = {"home": name, "rate_limit": "1000000/second"}
         config = {
             "proxy_location": "HeadOnly",
             "http_options": {"host": "127.0.0.1", "port": port, "request_timeout_s": 15},
             "applications": [
                 {"name": "tamiyo", "route_prefix": "/", "import_path": "esper_serve.app:build",
-                 "args": {"home": name, "rate_limit": "1000000/second"},
-                 "deployments": [{"name": "Tamiyo", "num_replicas": replicas, **resources}]},
-                {"name": "noop", "route_prefix": NOOP, "import_path": "load:noop",
-                 "deployments": [{"name": "Noop", "num_replicas": replicas, **resources}]},
-            ][: 2 if nothing else 1],
+                 "args": args, "deployments": [{"name": "Tamiyo", **each}]},
+                *({"name": other, "route_prefix": f"/{other}", "import_path": f"load:{other}",
+                   "args": args, "deployments": [{"name": OTHERS[other], **each}]}
+                  for other in others),
+            ],
         }  # fmt: skip
         command = str(Path(sys.executable).parent / "serve")
         started = Served(port, token, psutil.Process(), config, environment(folder, proxy), folder)
@@ -327,8 +378,8 @@ def served(proxy: str, replicas: int = 1, *, nothing: bool = False) -> Iterator[
             )
         try:
             _wait_for(f"http://127.0.0.1:{port}/readyz", process, folder / "log")
-            if nothing:
-                _wait_for(f"http://127.0.0.1:{port}{NOOP}/docs", process, folder / "log")
+            for other in others:
+                _wait_for(f"http://127.0.0.1:{port}/{other}/docs", process, folder / "log")
             # the proxy starts anew for each replica that comes
             time.sleep(10)
             yield replace(started, process=psutil.Process(process.pid))
@@ -385,46 +436,71 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 def compared(proxy: str, options: argparse.Namespace) -> dict[str, Any]:
     """The same behind one proxy."""
     found: dict[str, Any] = {}
-    with served(proxy, options.replicas, nothing=True) as service:
+    with served(proxy, options.replicas, ("noop",)) as service:
         large = decide_traffic(service, 4096, 64)
         traffics = {
-            "no-op": Traffic(service.port, NOOP + "/", b"x" * 512, ""),
+            "no-op": Traffic(service.port, "/noop/", b"x" * 512, ""),
             "decide 64": decide_traffic(service, 64, 8),
         }
         # everything is compiled, cached and connected once
         for traffic in (*traffics.values(), large):
             asyncio.run(closed(traffic, 4, 2))
-        for c in (1, 32):
-            for _ in range(options.blocks):
-                # neighbours in time, on a machine that is not always as fast
-                for name, traffic in traffics.items():
-                    block = asyncio.run(closed(traffic, c, options.block_s)).summary()
-                    found.setdefault(f"{name}, c = {c}", []).append(block)
-        for c in (1, 32):
-            pairs = zip(found[f"decide 64, c = {c}"], found[f"no-op, c = {c}"], strict=True)
-            ratios = [decide["per_s"] / nothing["per_s"] for decide, nothing in pairs]
-            low, middle, high = np.percentile(ratios, [20, 50, 80]).tolist()
-            found[f"ratio, c = {c}"] = {"p20": low, "p50": middle, "p80": high}
+        found |= in_turn(traffics, (1, 32), options)
         found["decide 4096, c = 1"] = [
             asyncio.run(closed(large, 1, options.block_s)).summary() for _ in range(options.blocks)
         ]
-    for name, blocks in found.items():
-        if name.startswith("ratio"):
-            say(proxy, f"{name}: {blocks['p50']:.2f} ({blocks['p20']:.2f} to {blocks['p80']:.2f})")
-            continue
-        middle = {key: statistics.median(b[key] for b in blocks) for key in blocks[0]}
-        say(proxy, name, middle)
+    show(proxy, found)
     found["replicas"] = options.replicas
     return found
 
 
-def say(about: str, name: str, point: dict[str, float] | None = None) -> None:
+def batch(options: argparse.Namespace) -> dict[str, Any]:
+    """Whether `serve.batch` pays: the same decisions with it and without."""
+    with served("haproxy", 1, ("single", "batched")) as service:
+        body = decide_traffic(service, 64, 8).body
+        traffics = {name: Traffic(service.port, f"/{name}/", body, "") for name in
+                    ("single", "batched")}  # fmt: skip
+        for traffic in traffics.values():
+            asyncio.run(closed(traffic, 4, 2))
+        found = in_turn(traffics, (1, 8, 32), options)
+    show("haproxy", found)
+    return found
+
+
+def in_turn(
+    traffics: dict[str, Traffic], connections: tuple[int, ...], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Blocks of two kinds of traffic, and the rate of the second over that of the first."""
+    found: dict[str, Any] = {}
+    first, second = traffics
+    for c in connections:
+        for _ in range(options.blocks):
+            # neighbours in time, on a machine that is not always as fast
+            for name, traffic in traffics.items():
+                block = asyncio.run(closed(traffic, c, options.block_s)).summary()
+                found.setdefault(f"{name}, c = {c}", []).append(block)
+        pairs = zip(found[f"{first}, c = {c}"], found[f"{second}, c = {c}"], strict=True)
+        ratios = [other["per_s"] / one["per_s"] for one, other in pairs]
+        low, middle, high = np.percentile(ratios, [20, 50, 80]).tolist()
+        found[f"{second} / {first}, c = {c}"] = {"p20": low, "p50": middle, "p80": high}
+    return found
+
+
+def show(about: str, found: dict[str, Any]) -> None:
+    """A table of medians over blocks, and of ratios."""
+    for name, blocks in found.items():
+        if isinstance(blocks, dict):
+            print(f"{about:8} {name}: {blocks['p50']:.2f} ({blocks['p20']:.2f} to "
+                  f"{blocks['p80']:.2f})", flush=True)  # fmt: skip
+            continue
+        say(about, name, {key: statistics.median(b[key] for b in blocks) for key in blocks[0]})
+
+
+def say(about: str, name: str, point: dict[str, float]) -> None:
     """One line of the table."""
-    values = "" if point is None else (
-        f"{point['per_s']:7.0f}/s  p50 {point['p50_ms']:.2f}  p95 {point['p95_ms']:.2f}  "
-        f"p99 {point['p99_ms']:.2f} ms  {point['failures']:.0f} failed"
-    )  # fmt: skip
-    print(f"{about:8} {name:20} {values}", flush=True)
+    print(f"{about:8} {name:20} {point['per_s']:7.0f}/s  p50 {point['p50_ms']:.2f}  "
+          f"p95 {point['p95_ms']:.2f}  p99 {point['p99_ms']:.2f} ms  "
+          f"{point['failures']:.0f} failed", flush=True)  # fmt: skip
 
 
 def curve(options: argparse.Namespace) -> dict[str, Any]:
@@ -583,7 +659,7 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
         if not kept:
             raise RuntimeError(f"the service must have the process '{role}', but has not.")
         found["slope_mib_per_h"][role] = [low, middle, high] = slope(kept, options.soak_s)
-        say("soak", f"{role}: {middle:+.2f} MiB/h (95 %: {low:+.2f} to {high:+.2f})")
+        print(f"soak {role}: {middle:+.2f} MiB/h (95 %: {low:+.2f} to {high:+.2f})", flush=True)
     return found
 
 
@@ -640,7 +716,7 @@ def slope(sizes: list[tuple[float, float]], whole_s: float) -> list[float]:
     return [float(low), float(fit.params[1]), float(high)]
 
 
-PARTS = {"compare": compare, "curve": curve, "faults": faults, "soak": soak}
+PARTS = {"compare": compare, "batch": batch, "curve": curve, "faults": faults, "soak": soak}
 
 
 def main() -> None:

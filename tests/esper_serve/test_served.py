@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from secrets import token_hex
 
@@ -114,7 +115,7 @@ class Asker:
         self.client = Client(options(served, policy=None, **more))
         self.answers, self.failures = [], []
         self._report = ReportWire.of(next(random_reports(0)))
-        self._on = True
+        self._on, self._run = True, token_hex(4)
         self._thread = threading.Thread(target=self._ask)
 
     def __enter__(self):
@@ -129,7 +130,7 @@ class Asker:
         number = 0
         while self._on:
             number += 1
-            request = DecideRequest(request_id=f"r-{number}", model="m", report=self._report)
+            request = DecideRequest(request_id=f"{self._run}-{number}", model="m", report=self._report)
             try:
                 answer = self.client.decide(request)
                 self.answers.append((time.monotonic(), answer))
@@ -264,3 +265,36 @@ def test_a_replica_that_hangs_leaves_rotation_within_five_seconds(two):
     late = [(at - hung, why) for at, why in asker.failures if at - hung > 5 + 0.5]
     assert late == []
     assert [at for at, _ in asker.answers if at - hung > 5]
+
+
+@pytest.mark.slow
+def test_replicas_come_and_go_with_the_load(tmp_path, monkeypatch):
+    served = Served(tmp_path, replicas=1)
+    (deployment,) = served.config["applications"][0]["deployments"]
+    del deployment["num_replicas"]
+    deployment["autoscaling_config"] = {
+        "min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 0.5,
+        "upscale_delay_s": 1, "downscale_delay_s": 3, "metrics_interval_s": 1,
+        "look_back_period_s": 2,
+    }  # fmt: skip
+    served.write("tamiyo.yaml")
+    served.start()
+    monkeypatch.setenv(TOKEN_VARIABLE, served.tokens["client"])
+
+    def becomes(replicas):
+        ends = time.monotonic() + 90
+        while len(served.replicas()) != replicas:
+            assert time.monotonic() < ends, served.replicas()
+            time.sleep(0.5)
+
+    try:
+        with ExitStack() as askers:
+            all_of_them = [
+                askers.enter_context(Asker(served, deadline_s=5, rest_s=500)) for _ in range(6)
+            ]
+            becomes(2)
+            all_of_them[0].more(30)
+        becomes(1)
+        assert [failure for asker in all_of_them for failure in asker.failures] == []
+    finally:
+        served.stop()
