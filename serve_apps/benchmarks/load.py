@@ -272,7 +272,9 @@ def deciding(args: dict[str, Any], *, batched: bool) -> Any:
                 answer = self._policies.decide(asked, "load")
             return Response(pack(answer.model_dump(mode="json"), MSGPACK), media_type=MSGPACK)
 
-    options = {"max_ongoing_requests": 64, "logging_config": {"enable_access_log": False}}
+    options: dict[str, Any] = {
+        "max_ongoing_requests": 64, "logging_config": {"enable_access_log": False},
+    }  # fmt: skip
     deployment: Any = serve.deployment(**options)(serve.ingress(api)(Deciding))
     return deployment.bind()
 

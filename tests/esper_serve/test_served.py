@@ -130,7 +130,9 @@ class Asker:
         number = 0
         while self._on:
             number += 1
-            request = DecideRequest(request_id=f"{self._run}-{number}", model="m", report=self._report)
+            request = DecideRequest(
+                request_id=f"{self._run}-{number}", model="m", report=self._report
+            )
             try:
                 answer = self.client.decide(request)
                 self.answers.append((time.monotonic(), answer))
