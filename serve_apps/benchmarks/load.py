@@ -331,12 +331,17 @@ class Served:
 
     def dashboard(self) -> str:
         """Where `serve deploy` finds it."""
-        for process in self.process.children(recursive=True):
-            line = process.cmdline()
-            if any(part.endswith("dashboard.py") for part in line):
-                (port,) = {part[7:] for part in line if part.startswith("--port=")}
-                return f"http://127.0.0.1:{port}"
-        raise RuntimeError("the dashboard must run, but does not.")
+        (process,) = self.processes()["dashboard"]
+        # not always the port that it was told: that may be taken
+        for connection in process.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN:
+                url = f"http://127.0.0.1:{connection.laddr.port}"
+                try:
+                    urllib3.request("GET", url + "/api/version", retries=False, timeout=2)
+                except urllib3.exceptions.HTTPError:
+                    continue
+                return url
+        raise RuntimeError("the dashboard must answer, but does not.")
 
     def write(self) -> Path:
         """The configuration as it is now, in a file."""
@@ -575,12 +580,14 @@ def faults(options: argparse.Namespace) -> dict[str, Any]:
             threads: tuple[Asker | PlainLoad, ...] = (*askers, plain)
             for thread in threads:
                 thread.start()
-            time.sleep(options.block_s)
-            deed(service)
-            time.sleep(options.block_s)
-            for thread in threads:
-                thread.on = False
-                thread.join()
+            try:
+                time.sleep(options.block_s)
+                deed(service)
+                time.sleep(options.block_s)
+            finally:
+                for thread in threads:
+                    thread.on = False
+                    thread.join()
             latencies = [ms for asker in askers for ms in asker.latencies]
             found[name] = {
                 "decisions": len(latencies),

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from secrets import token_hex
 
@@ -242,13 +242,19 @@ def test_no_decision_fails_during_a_rolling_update(two):
 
 def dashboard_of(process):
     """The address that this cluster's dashboard listens on."""
-    for child in process.children(recursive=True):
-        if any(part.endswith("dashboard.py") for part in child.cmdline()):
-            (port,) = {
-                part.partition("=")[2] for part in child.cmdline() if part.startswith("--port=")
-            }
-            return f"http://127.0.0.1:{port}"
-    raise AssertionError("the dashboard does not run")
+    # not always the port that it was told: another cluster may have that
+    urls = [
+        f"http://127.0.0.1:{connection.laddr.port}"
+        for child in process.children(recursive=True)
+        if any(part.endswith("dashboard.py") for part in child.cmdline())
+        for connection in child.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    for url in urls:
+        with suppress(urllib3.exceptions.HTTPError):
+            urllib3.request("GET", url + "/api/version", retries=False, timeout=2)
+            return url
+    raise AssertionError(f"no dashboard answers at {urls}")
 
 
 @pytest.mark.slow
