@@ -70,7 +70,13 @@ class Connection(asyncio.Protocol):
         head, found, body = self._buffer.partition(b"\r\n\r\n")
         if not found:
             return
-        length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
+        told = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0].strip()
+        if not told.isdigit():
+            # the proxy's own refusals end with the connection
+            assert self._transport is not None
+            self._transport.abort()
+            return
+        length = int(told)
         if len(body) >= length:
             self._buffer = b""
             self._waiting.set_result(int(head[9:12]))
