@@ -404,22 +404,19 @@ def served(proxy: str, replicas: int = 1, others: tuple[str, ...] = ()) -> Itera
 def environment(folder: Path, proxy: str) -> dict[str, str]:
     """Of a cluster that shares nothing with others on this machine."""
     path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
-    low = 20_000 + 100 * secrets.randbelow(100)
     own = {
         "RAY_SERVE_ENABLE_HA_PROXY": str(int(proxy == "haproxy")), "PYTHONPATH": path,
         "RAY_ADDRESS": "local", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(low),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(low + 99),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
     }  # fmt: skip
-    for name in ("METRICS", "STATS"):
+    for name in ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP"):
         with socket_of_nobody() as port:
-            own[f"RAY_SERVE_HAPROXY_{name}_PORT"] = str(port)
+            own[f"RAY_SERVE_{name}_PORT"] = str(port)
     return {**os.environ, **ENVIRONMENT, **own}
 
 

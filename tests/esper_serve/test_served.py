@@ -8,7 +8,7 @@ import threading
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from secrets import randbelow, token_hex
+from secrets import token_hex
 
 import psutil
 import pytest
@@ -45,9 +45,7 @@ class Served:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-            # where a replica has gone, the proxy would ask another cluster's that got its port
-            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(low := 20_000 + 100 * randbelow(100)),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(low + 99),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         }
         self.config = yaml.safe_load((ROOT / "configs/serve/tamiyo.yaml").read_text())
         self.config["http_options"]["port"] = self.port
