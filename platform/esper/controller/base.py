@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, TypeGuard, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from pydantic import ValidationInfo, field_validator
 
@@ -52,22 +52,23 @@ class Stopping(Protocol):
         ...
 
 
-P = TypeVar("P")
-
-
-def _is(controller: Controller, protocol: type[P]) -> TypeGuard[P]:
-    """`isinstance` of a protocol, which would look at every attribute anew for each decision."""
-    return _implements(type(controller), protocol)
-
-
 @cache
 def _implements(kind: type, protocol: type) -> bool:
+    """`isinstance` of a protocol would look at every attribute anew for each decision."""
     return issubclass(kind, protocol)
+
+
+def _remembers(controller: Controller) -> TypeGuard[Remembering]:
+    return _implements(type(controller), Remembering)
+
+
+def _stops(controller: Controller) -> TypeGuard[Stopping]:
+    return _implements(type(controller), Stopping)
 
 
 def may_grow(controller: Controller, interval: int) -> bool:
     """Whether new seeds must be reckoned with at the end of an interval."""
-    return not _is(controller, Stopping) or controller.may_grow(interval)
+    return not _stops(controller) or controller.may_grow(interval)
 
 
 @runtime_checkable
@@ -85,7 +86,7 @@ class Switched(Protocol):
 
 def switch(controller: Controller, on: Set[str]) -> Set[str]:
     """Tell a controller which flags are on; returns those that it heeds."""
-    return controller.switch(on) if _is(controller, Switched) else frozenset()
+    return controller.switch(on) if isinstance(controller, Switched) else frozenset()
 
 
 class Stateless:
@@ -105,7 +106,7 @@ def memory_of(controller: Controller) -> dict[str, Any]:
     Raises:
         ValueError: If it has attributes but no `state_dict`: a part of it would be forgotten.
     """
-    if _is(controller, Remembering):
+    if _remembers(controller):
         return controller.state_dict()
     if getattr(controller, "__dict__", None):
         raise ValueError(
@@ -118,7 +119,7 @@ def memory_of(controller: Controller) -> dict[str, Any]:
 
 def remind(controller: Controller, memory: dict[str, Any]) -> None:
     """Let a controller remember what `memory_of` returned."""
-    if _is(controller, Remembering):
+    if _remembers(controller):
         controller.load_state_dict(memory)
 
 
