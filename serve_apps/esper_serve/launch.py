@@ -29,9 +29,14 @@ ENVIRONMENT = {
     # to ask another replica twice the same is harmless here
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    # Ray's workers step back for every other process, such as the training that asks
+    "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+
+
+FALLBACK = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,17 @@ def check(config: Path) -> Checked:
     )
     app = create_app(settings)
     host, port = served.http_options.host, served.http_options.port
+    _require_free(source, "http_options", host, port)
+    # with no replica there, HAProxy asks whoever listens on this one, be it another service
+    fallback = int(os.environ.get(FALLBACK, "8500"))
+    _require_free(source, f"the variable {FALLBACK}", host, fallback)
+    return Checked(
+        url=f"http://{host}:{port}", policy=app.state.policies.active(),
+        tokens=read_tokens(settings.tokens_file), settings=settings,
+    )  # fmt: skip
+
+
+def _require_free(source: str, key: str, host: str, port: int) -> None:
     with socket.socket() as probe:
         # as the proxy will do it, so that a port that is only just free passes
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -79,13 +95,9 @@ def check(config: Path) -> Checked:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(source, (
-                f"http_options must be an address that is free, but {host}:{port} is not "
+                f"{key} must name a port that is free, but {host}:{port} is not "
                 f"({error.strerror}); choose another port.",
             )) from None  # fmt: skip
-    return Checked(
-        url=f"http://{host}:{port}", policy=app.state.policies.active(),
-        tokens=read_tokens(settings.tokens_file), settings=settings,
-    )  # fmt: skip
 
 
 def _application(served: ServeDeploySchema, source: str) -> ServeApplicationSchema:

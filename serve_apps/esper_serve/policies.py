@@ -65,7 +65,7 @@ class Policies:
         }
         self._active: tuple[float, str] | None = None
         self._flags: tuple[float, Snapshot] | None = None
-        self._answers: OrderedDict[tuple[str, str], tuple[str, DecideResponse]] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, str], tuple[str, str]] = OrderedDict()
         self.active(fresh=True)
         self.version_for("probe")
 
@@ -133,12 +133,14 @@ class Policies:
             if known[0] != asked:
                 raise Refusal(409, f"request_id must be new for a new request, but "
                                    f"'{request.request_id}' was used; choose another.")  # fmt: skip
-            return known[1].model_copy(update={"deadline_ms": deadline_ms})
+            first = DecideResponse.model_validate_json(known[1])
+            return first.model_copy(update={"deadline_ms": deadline_ms})
         started = time.perf_counter()
         answer = self._decided(request, version, options, digest, deadline_ms)
         self._metrics.observe("esper_tamiyo_decision_seconds", time.perf_counter() - started)
         self._count(answer)
-        self._answers[key] = asked, answer
+        # as texts, which the search for garbage need not look through
+        self._answers[key] = asked, answer.model_dump_json()
         if len(self._answers) > REMEMBERED:
             self._answers.popitem(last=False)
         return answer

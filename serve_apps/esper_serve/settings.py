@@ -10,6 +10,8 @@ from esper.config.base import Config
 from esper.config.run import Plugin
 
 HEURISTIC = "heuristic-1"
+# requests are counted in each replica
+MEMORY = "memory://"
 
 
 class RolloutSettings(Config):
@@ -46,7 +48,7 @@ class ServiceSettings(Config):
         "1000/second", description="Requests of one token that are answered; the rest get 429."
     )
     rate_storage: str = Field(
-        "memory://",
+        MEMORY,
         description="Where requests are counted: in each replica, or for all of them in a URL "
         "that the package `limits` knows, such as redis://host:6379.",
     )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from secrets import token_hex
 
@@ -44,6 +45,7 @@ class Served:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         }
         self.config = yaml.safe_load((ROOT / "configs/serve/tamiyo.yaml").read_text())
         self.config["http_options"]["port"] = self.port
@@ -114,7 +116,7 @@ class Asker:
         self.client = Client(options(served, policy=None, **more))
         self.answers, self.failures = [], []
         self._report = ReportWire.of(next(random_reports(0)))
-        self._on = True
+        self._on, self._run = True, token_hex(4)
         self._thread = threading.Thread(target=self._ask)
 
     def __enter__(self):
@@ -129,7 +131,9 @@ class Asker:
         number = 0
         while self._on:
             number += 1
-            request = DecideRequest(request_id=f"r-{number}", model="m", report=self._report)
+            request = DecideRequest(
+                request_id=f"{self._run}-{number}", model="m", report=self._report
+            )
             try:
                 answer = self.client.decide(request)
                 self.answers.append((time.monotonic(), answer))
@@ -239,13 +243,19 @@ def test_no_decision_fails_during_a_rolling_update(two):
 
 def dashboard_of(process):
     """The address that this cluster's dashboard listens on."""
-    for child in process.children(recursive=True):
-        if any(part.endswith("dashboard.py") for part in child.cmdline()):
-            (port,) = {
-                part.partition("=")[2] for part in child.cmdline() if part.startswith("--port=")
-            }
-            return f"http://127.0.0.1:{port}"
-    raise AssertionError("the dashboard does not run")
+    # not always the port that it was told: another cluster may have that
+    urls = [
+        f"http://127.0.0.1:{connection.laddr.port}"
+        for child in process.children(recursive=True)
+        if any(part.endswith("dashboard.py") for part in child.cmdline())
+        for connection in child.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    for url in urls:
+        with suppress(urllib3.exceptions.HTTPError):
+            urllib3.request("GET", url + "/api/version", retries=False, timeout=2)
+            return url
+    raise AssertionError(f"no dashboard answers at {urls}")
 
 
 @pytest.mark.slow
@@ -264,3 +274,36 @@ def test_a_replica_that_hangs_leaves_rotation_within_five_seconds(two):
     late = [(at - hung, why) for at, why in asker.failures if at - hung > 5 + 0.5]
     assert late == []
     assert [at for at, _ in asker.answers if at - hung > 5]
+
+
+@pytest.mark.slow
+def test_replicas_come_and_go_with_the_load(tmp_path, monkeypatch):
+    served = Served(tmp_path, replicas=1)
+    (deployment,) = served.config["applications"][0]["deployments"]
+    del deployment["num_replicas"]
+    deployment["autoscaling_config"] = {
+        "min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 0.5,
+        "upscale_delay_s": 1, "downscale_delay_s": 3, "metrics_interval_s": 1,
+        "look_back_period_s": 2,
+    }  # fmt: skip
+    served.write("tamiyo.yaml")
+    served.start()
+    monkeypatch.setenv(TOKEN_VARIABLE, served.tokens["client"])
+
+    def becomes(replicas):
+        ends = time.monotonic() + 90
+        while len(served.replicas()) != replicas:
+            assert time.monotonic() < ends, served.replicas()
+            time.sleep(0.5)
+
+    try:
+        with ExitStack() as askers:
+            all_of_them = [
+                askers.enter_context(Asker(served, deadline_s=5, rest_s=500)) for _ in range(6)
+            ]
+            becomes(2)
+            all_of_them[0].more(30)
+        becomes(1)
+        assert [failure for asker in all_of_them for failure in asker.failures] == []
+    finally:
+        served.stop()

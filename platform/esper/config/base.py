@@ -30,6 +30,8 @@ class Config(BaseModel):
     @classmethod
     def _same_kind(cls, value: Any, build: ValidatorFunctionWrapHandler) -> Any:
         result = build(value)
+        if result is value:
+            return result
         rule = _guessed(value, result)
         if rule is not None:
             raise PydanticCustomError("guessed", "Input should be {rule}", {"rule": rule})

@@ -8,7 +8,7 @@ says, once for each, what was known when it began and what it was worth.
 import math
 import uuid
 from collections.abc import Set
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -74,20 +74,13 @@ class Draw(Config):
         return self
 
 
-@runtime_checkable
-class Drawing(Protocol):
-    """What a controller has besides that draws its germinations by chance.
-
-    Attributes:
-        draws: How each germination of the last decision was drawn, by site and seed.
-    """
-
-    draws: dict[tuple[str, int], Draw]
-
-
 def draws_of(controller: Controller) -> dict[tuple[str, int], Draw]:
-    """How a controller drew the germinations of its last decision; nothing if it draws none."""
-    return controller.draws if isinstance(controller, Drawing) else {}
+    """How a controller drew the germinations of its last decision; nothing if it draws none.
+
+    One that draws its germinations by chance has them as `draws`, by site and seed.
+    """
+    draws: dict[tuple[str, int], Draw] = getattr(controller, "draws", {})
+    return draws
 
 
 class FieldReport(Config):

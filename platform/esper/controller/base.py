@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import cache
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -51,9 +52,23 @@ class Stopping(Protocol):
         ...
 
 
+@cache
+def _implements(kind: type, protocol: type) -> bool:
+    """`isinstance` of a protocol would look at every attribute anew for each decision."""
+    return issubclass(kind, protocol)
+
+
+def _remembers(controller: Controller) -> TypeGuard[Remembering]:
+    return _implements(type(controller), Remembering)
+
+
+def _stops(controller: Controller) -> TypeGuard[Stopping]:
+    return _implements(type(controller), Stopping)
+
+
 def may_grow(controller: Controller, interval: int) -> bool:
     """Whether new seeds must be reckoned with at the end of an interval."""
-    return not isinstance(controller, Stopping) or controller.may_grow(interval)
+    return not _stops(controller) or controller.may_grow(interval)
 
 
 @runtime_checkable
@@ -91,7 +106,7 @@ def memory_of(controller: Controller) -> dict[str, Any]:
     Raises:
         ValueError: If it has attributes but no `state_dict`: a part of it would be forgotten.
     """
-    if isinstance(controller, Remembering):
+    if _remembers(controller):
         return controller.state_dict()
     if getattr(controller, "__dict__", None):
         raise ValueError(
@@ -104,7 +119,7 @@ def memory_of(controller: Controller) -> dict[str, Any]:
 
 def remind(controller: Controller, memory: dict[str, Any]) -> None:
     """Let a controller remember what `memory_of` returned."""
-    if isinstance(controller, Remembering):
+    if _remembers(controller):
         controller.load_state_dict(memory)
 
 

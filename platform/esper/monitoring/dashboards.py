@@ -1,5 +1,6 @@
 """The Grafana dashboards, as code: `python -m esper.monitoring.dashboards FOLDER` writes them."""
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,8 +164,12 @@ def dashboard_json(name: str) -> str:
                 .span(6 if panel.number else 12).height(4 if panel.number else 8)
                 .with_target(target.legend_format(panel.legend))
             )  # fmt: skip
-    text: str = JSONEncoder(sort_keys=True, indent=1).encode(board.build())
-    return text + "\n"
+    made_of = json.loads(JSONEncoder().encode(board.build()))
+    for panel in made_of["panels"]:
+        # options that nobody set are null, which Grafana's own types do not allow
+        if panel.get("options", ...) is None:
+            del panel["options"]
+    return json.dumps(made_of, sort_keys=True, indent=1) + "\n"
 
 
 def write(folder: Path) -> None:

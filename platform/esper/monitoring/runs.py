@@ -41,8 +41,10 @@ class RunMetrics:
         for curve, name in _LATEST.items():
             # what was not measured keeps no value that was measured before
             self._exporter.set(name, trial.curves[curve][-1], run=self._run)
+        stages = dict(trial.health.stages)
+        stages[Stage.DORMANT.name] = sum(trial.health.seeds.values()) - sum(stages.values())
         for stage in Stage:
-            seeds = trial.health.stages.get(stage.name, 0)
+            seeds = stages.get(stage.name, 0)
             self._exporter.set("esper_run_seeds", seeds, run=self._run, stage=stage.name)
         execution = trial.config.execution
         if trial.flags is not None:

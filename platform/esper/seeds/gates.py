@@ -3,7 +3,7 @@
 Pure functions of a report. The controller asks them, and the shield enforces them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isnan
 
@@ -107,7 +107,8 @@ def fine_tuned(report: Report, site: SiteReport, seed: int) -> Gate:
     return Gate("time", epochs >= needed, f"fine-tuned {epochs} of {needed} intervals")
 
 
-_BY_STAGE = {
+# a stage is its number, so that a number finds it
+_BY_STAGE: dict[int, Callable[[Report, SiteReport, int], Gate]] = {
     Stage.TRAINING: isolated_objective,
     Stage.GRAFTING: ramp_complete,
     Stage.STABILIZATION: host_stable,
@@ -124,7 +125,7 @@ def next_gate(report: Report, site: SiteReport, seed: int) -> Gate:
         KeyError: If the stage has no `Advance` (DORMANT, GERMINATED, FOSSILIZED).
         MissingMeasurementError: If the gate's value was not measured.
     """
-    return _BY_STAGE[Stage(int(site.stage[seed]))](report, site, seed)
+    return _BY_STAGE[site.stage.item(seed)](report, site, seed)
 
 
 def measured_all(

@@ -43,6 +43,18 @@ def test_no_label_grows_with_the_number_of_seeds():
     assert not labels & {"seed", "site", "layer"}
 
 
+@pytest.mark.parametrize("seeds", [4, 1_000_000])
+def test_a_run_of_a_million_seeds_has_as_many_series_as_one_of_four(seeds):
+    site = {"sites": "fc1->out", "seeds_per_layer": seeds, "geometry": "span"}
+    trial = new_trial({**CONFIG, "lattice": [site], "controller": {"name": "static"}})
+    exporter = PrometheusExporter("esper_run")
+    trial.on_interval = RunMetrics(exporter, "r", trial).interval
+    trial.run_for(0)
+    assert value(exporter, "esper_run_seeds", run="r", stage="DORMANT") == seeds
+    lines = generate_latest(exporter.registry).decode().splitlines()
+    assert sum(not line.startswith("#") for line in lines) == 45
+
+
 def test_names_have_their_units_and_kinds():
     for metric in METRICS.values():
         assert metric.name.endswith("_total") == (metric.kind == "counter"), metric.name
@@ -82,9 +94,9 @@ CONFIG = {
 }  # fmt: skip
 
 
-def new_trial():
+def new_trial(config=CONFIG):
     mark = Fingerprint(**fingerprint("cpu"))
-    config = validate(RunConfig, CONFIG, source="test")
+    config = validate(RunConfig, config, source="test")
     return Trial(config, TrialSpec("arm", 0, 0, 0, "none", mark))
 
 
