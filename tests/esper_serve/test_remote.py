@@ -165,10 +165,31 @@ def test_a_service_that_hangs_costs_a_deadline_and_then_nothing(outage, server):
         for report in reports:
             remote.decide(report)
         spent = time.perf_counter() - started
-    assert len(asked) == 2
+    # two decisions of three tries each
+    assert len(asked) == 6
     # the local controller takes some milliseconds a report
     assert 0.4 <= spent < 2
     assert remote.counts == {"remote": 0, "local": 30}
+
+
+def test_a_try_that_hangs_leaves_time_for_another(outage, server):
+    """As one does whose replica was killed: the request id is the same, so nothing is done twice."""
+    service, hung = server.service.app, []
+
+    async def hangs_once(scope, receive, send):
+        import asyncio
+
+        if scope["type"] == "http" and not hung:
+            hung.append(1)
+            await asyncio.sleep(30)
+            return
+        await service(scope, receive, send)
+
+    remote = options(server, deadline_s=6, rest_s=600).build(0)
+    with outage(hangs_once):
+        remote.decide(next(iter(random_reports(0))))
+    assert hung
+    assert remote.counts == {"remote": 1, "local": 0}
 
 
 def drip(status, content):
@@ -381,7 +402,8 @@ def test_feedback_that_fails_rests_and_costs_no_deadline_each_interval(server):
         server.stop()
         server.start()
     remote = trial.controller._controller
-    assert len(app) == 1
+    # one request, of three tries
+    assert len(app) == 3
     assert remote._outbox
     assert remote.counts["local"] == 0
 

@@ -126,15 +126,20 @@ class Client:
         ends = time.monotonic() + self._options.deadline_s
         body = pack(request, MSGPACK)
         for tries_left in range(self._options.retries, -1, -1):
+            left = ends - time.monotonic()
+            # a replica that died may leave a try without an answer: the next one needs time, too
+            until = ends - left / 2 if tries_left else ends
             try:
-                return self._tried(path, body, kind, ends)
+                return self._tried(path, body, kind, until, ends)
             except RemoteError as error:
                 if not (error.may_pass and tries_left and time.monotonic() < ends):
                     raise
         raise AssertionError("the last try returns or raises")
 
-    def _tried(self, path: str, body: bytes, kind: type[AnyAnswer], ends: float) -> AnyAnswer:
-        status, content, content_type = self._posted(path, body, ends)
+    def _tried(
+        self, path: str, body: bytes, kind: type[AnyAnswer], until: float, ends: float
+    ) -> AnyAnswer:
+        status, content, content_type = self._posted(path, body, until, ends)
         if status != 200:
             raise RemoteError(
                 f"the service answered {status}: {_message(content)}", may_pass=status >= 500
@@ -146,21 +151,22 @@ class Client:
                 f"the answer must be a {kind.__name__}, but: {str(error)[:300]}"
             ) from None
 
-    def _posted(self, path: str, body: bytes, ends: float) -> tuple[int, bytes, str]:
+    def _posted(self, path: str, body: bytes, until: float, ends: float) -> tuple[int, bytes, str]:
+        """Answer of one try, which waits for it until a time; the decision may take longer."""
         left = ends - time.monotonic()
         try:
             response = self._pool.request(
                 "POST", self._url + path, body=body, preload_content=False, redirect=False,
                 headers={**self._headers, DEADLINE_HEADER: str(max(1, int(1000 * left)))},
-                timeout=urllib3.Timeout(total=max(left, 0.001)),
+                timeout=urllib3.Timeout(total=max(until - time.monotonic(), 0.001)),
             )  # fmt: skip
             try:
                 content = b""
                 # a timeout counts from byte to byte: an answer that drips would never end
                 while part := response.read1(1 << 16):
                     content += part
-                    if time.monotonic() > ends:
-                        raise RemoteError("the answer did not come in time.")
+                    if time.monotonic() > until:
+                        raise RemoteError("the answer did not come in time.", may_pass=True)
                 return response.status, content, response.headers.get("content-type", "")
             finally:
                 response.release_conn()
@@ -342,7 +348,10 @@ class RemoteOptions(ControllerOptions):
     deadline_s: PositiveFloat = Field(
         0.25, le=10, description="What a decision may take, with all its tries."
     )
-    retries: NonNegativeInt = Field(2, description="Tries after the first, within the deadline.")
+    retries: NonNegativeInt = Field(
+        2, description="Tries after the first, within the deadline: each but the last waits half of "
+        "the time that is left.",
+    )  # fmt: skip
     max_failures: PositiveInt = Field(
         3, description="Failures in a row after which the service is not asked for a while."
     )
