@@ -173,7 +173,7 @@ def test_a_service_that_hangs_costs_a_deadline_and_then_nothing(outage, server):
 
 
 def test_a_try_that_hangs_leaves_time_for_another(outage, server):
-    """As one does whose replica was killed: the request id is the same, so nothing is done twice."""
+    """As one does whose replica was killed. Its request id is the same: nothing is done twice."""
     service, hung = server.service.app, []
 
     async def hangs_once(scope, receive, send):

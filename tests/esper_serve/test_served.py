@@ -1,5 +1,6 @@
 """The service as users start it: `esper serve`, with Ray Serve, over HTTP."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -89,12 +90,14 @@ class Served:
             return None
 
     def replicas(self):
-        return [
-            p
-            for p in psutil.Process(self.process.pid).children(recursive=True)
-            if p.status() != psutil.STATUS_ZOMBIE
-            and any("ServeReplica:tamiyo" in part for part in p.cmdline())
-        ]
+        found = []
+        for p in psutil.Process(self.process.pid).children(recursive=True):
+            # one may end while it is looked at
+            with contextlib.suppress(psutil.NoSuchProcess):
+                alive = p.status() != psutil.STATUS_ZOMBIE
+                if alive and any("ServeReplica:tamiyo" in part for part in p.cmdline()):
+                    found.append(p)
+        return found
 
     def stop(self):
         self.process.terminate()

@@ -349,8 +349,8 @@ class RemoteOptions(ControllerOptions):
         0.25, le=10, description="What a decision may take, with all its tries."
     )
     retries: NonNegativeInt = Field(
-        2, description="Tries after the first, within the deadline: each but the last waits half of "
-        "the time that is left.",
+        2, description="Tries after the first, within the deadline: each but the last waits half "
+        "of the time that is left.",
     )  # fmt: skip
     max_failures: PositiveInt = Field(
         3, description="Failures in a row after which the service is not asked for a while."
