@@ -1,6 +1,7 @@
 """Configuration of one run: a task, a host, where it may grow, and who decides."""
 
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -120,9 +121,11 @@ class GrowthConfig(Config):
         description="Training samples on which the bottleneck is measured once an interval; 0: "
         "never.",
     )
-    scored_blueprint: str = Field(
+    scored_blueprint: str | tuple[str, ...] | dict[str, tuple[str, ...]] = Field(
         "mlp_relu",
-        description="Whose hidden units the bottleneck is measured with, whatever is germinated.",
+        description="Whose hidden units the bottleneck is measured with, whatever is germinated; "
+        "of several, that of the one that promises most for each parameter at a site. A mapping "
+        "gives them by glob of the site's name, the first that fits.",
     )
     training_intervals: NonNegativeInt = Field(
         1, description="Least intervals in TRAINING (G2); 0: a seed is grafted at once, and learns "
@@ -178,6 +181,13 @@ class GrowthConfig(Config):
     trial_intervals: NonNegativeInt = Field(
         3, description="Intervals in FINE_TUNING in which a seed is still on trial."
     )
+
+    def scored_at(self, site: str) -> tuple[str, ...]:
+        """Blueprints that a site is scored for; none if no glob fits its name."""
+        named = self.scored_blueprint
+        if isinstance(named, dict):
+            return next((names for glob, names in named.items() if fnmatchcase(site, glob)), ())
+        return (named,) if isinstance(named, str) else named
 
     @model_validator(mode="after")
     def _measured(self) -> "GrowthConfig":

@@ -89,6 +89,9 @@ class SiteWire(Config):
         description="Parameters of one seed by blueprint, for those that fit the site."
     )
     unexplained: float | None = Field(description="None: not measured.")
+    scored_blueprint: Name | None = Field(
+        None, description="Blueprint that the bottleneck is of; None: not measured."
+    )
 
     @field_validator("columns")
     @classmethod
@@ -114,6 +117,7 @@ class SiteWire(Config):
             columns={name: getattr(site, name) for name in _COLUMNS},
             seed_parameters=dict(site.seed_parameters),
             unexplained=None if np.isnan(site.unexplained) else float(site.unexplained),
+            scored_blueprint=site.scored_blueprint,
         )
 
     def dump(self, binary: bool) -> dict[str, Any]:
@@ -129,6 +133,7 @@ class SiteWire(Config):
             geometry=self.geometry,
             seed_parameters=self.seed_parameters,
             unexplained=unexplained,
+            scored_blueprint=self.scored_blueprint,
             **self.columns,
         )
 
@@ -326,7 +331,8 @@ def report_hash(report: ReportWire, memory: Mapping[str, Any] | None, seed: int)
         [s.name, s.geometry, s.seeds, sorted(s.seed_parameters.items()), s.unexplained]
         for s in report.sites
     ]
-    rest = json.dumps([memory, seed, sites], sort_keys=True)
+    promising = [s.scored_blueprint for s in report.sites]
+    rest = json.dumps([memory, seed, sites, promising], sort_keys=True)
     head = report.model_dump_json(exclude={"sites"}) + rest
     digest = hashlib.blake2b(head.encode(), digest_size=16)
     for site in report.sites:

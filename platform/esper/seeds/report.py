@@ -53,6 +53,8 @@ class SiteReport:
         unexplained: Mean over the samples of the squared change of the site's output that the loss
             wants and the host's own weights cannot make: what a bottleneck is a part of. NaN if
             the interval was not measured.
+        scored_blueprint: Whose units the bottleneck is of: of `growth.scored_blueprint` the one
+            that promises most for each parameter. None if the interval was not measured.
     """
 
     name: str
@@ -75,6 +77,7 @@ class SiteReport:
     gain_se: Floats
     seed_parameters: Mapping[str, int]
     unexplained: float
+    scored_blueprint: str | None = None
 
     def state(self, seed: int) -> SeedState:
         """The state of one seed."""

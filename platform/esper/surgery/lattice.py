@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.config.run import GrowthConfig
 from esper.seeds.actions import Action, Germinate
-from esper.seeds.blueprints import BLUEPRINTS, Geometry
+from esper.seeds.blueprints import BLUEPRINTS, Blueprint, Geometry
 from esper.seeds.grafting import GRAFTS, GraftSignals
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.lifecycle import Transition, advance
@@ -409,12 +409,30 @@ class Lattice:
         left = growth.max_parameters - self.count_parameters()
         return any(cost <= left for cost in costs)
 
-    def _bottleneck(self, site: str, layer: KasminaLayer, dormant: list[int]) -> Tensor:
-        """The bottleneck of the dormant seeds; NaN for others, and where nothing was measured."""
+    def _bottleneck(
+        self, site: str, layer: KasminaLayer, dormant: list[int]
+    ) -> tuple[Tensor, str | None]:
+        """The bottleneck of the dormant seeds, and whose units promise it.
+
+        NaN for other seeds and None where nothing was measured.
+        """
+        named = [BLUEPRINTS[n] for n in self.growth.scored_at(site)]
+        fitting = [b for b in named if b.fits(layer.geometry, layer.hidden)]
+        if site not in self._measured or not dormant or not fitting:
+            return torch.full((layer.num_seeds,), math.nan), None
+        found = [self._bottleneck_of(b, site, layer, dormant) for b in fitting]
+        worth = [
+            float(gain[dormant].max()) / layer.seed_parameters(b)
+            for b, gain in zip(fitting, found, strict=True)
+        ]
+        best = worth.index(max(worth))
+        return found[best], fitting[best].name
+
+    def _bottleneck_of(
+        self, blueprint: Blueprint, site: str, layer: KasminaLayer, dormant: list[int]
+    ) -> Tensor:
+        """The bottleneck of the dormant seeds for units of one blueprint; NaN for other seeds."""
         found = torch.full((layer.num_seeds,), math.nan)
-        if site not in self._measured or not dormant:
-            return found
-        blueprint = BLUEPRINTS[self.growth.scored_blueprint]
         generator = self._generator(site, -1)
         rows, phi = self._measured[site], PHI[blueprint.phi]
         if layer.geometry == "span":
@@ -465,14 +483,14 @@ class Lattice:
             if BLUEPRINTS[n].fits(layer.geometry, layer.hidden)
         }
         dormant = [int(s) for s in (ints["stage"] == Stage.DORMANT).nonzero()[0]] if scored else []
-        bottleneck = self._bottleneck(name, layer, dormant)
+        bottleneck, scored_blueprint = self._bottleneck(name, layer, dormant)
         silent = layer.silent_frac(self._measured[name].source if name in self._measured else None)
         ratio = layer.grad_rms() / self._host_grad_rms(self.attached[name].site)
         return SiteReport(
             name=name, geometry=layer.geometry, **ints, **columns, bottleneck=bottleneck.numpy(),
             silent_frac=silent.numpy(), grad_ratio=ratio.numpy(), gain=gain[0].numpy(),
             gain_se=gain[1].numpy(), seed_parameters=fitting,
-            unexplained=self._unexplained(name),
+            unexplained=self._unexplained(name), scored_blueprint=scored_blueprint,
         )  # fmt: skip
 
     def _unexplained(self, site: str) -> float:
@@ -575,13 +593,14 @@ def attach(
     """
     if geometry not in get_args(Geometry):
         raise ValueError(f"geometry must be 'chunk' or 'span', but got '{geometry}'.")
-    if growth is not None and not BLUEPRINTS[growth.scored_blueprint].elementwise:
-        raise ValueError(
-            "scored_blueprint must have hidden units that are functions of one number, but got "
-            f"'{growth.scored_blueprint}'; use 'mlp_relu' or 'low_rank'."
-        )
     lattice = lattice_of(model) or Lattice(model)
     found = find_sites(model, sites, geometry)
+    for name in {n for s in found for n in (growth or lattice.growth).scored_at(s.name)}:
+        if not BLUEPRINTS[name].elementwise:
+            raise ValueError(
+                "scored_blueprint must have hidden units that are functions of one number, but got "
+                f"'{name}'; use 'mlp_relu' or 'low_rank'."
+            )
     layers = [
         _make_layer(model, site, lattice, seeds_per_layer, geometry, hidden, channels, channel_axis)
         for site in found
