@@ -77,6 +77,33 @@ def grown():
     return finished(TAMIYO)
 
 
+def test_growth_keeps_to_a_budget_of_operations():
+    _, free = finished(SCHEDULE)
+    _, host = finished({"lattice": []})
+    used = [r.metrics["train_flops"] for r in (host, free)]
+    budget = sum(used) / 2
+    run, kept = finished(SCHEDULE, {"growth": {**RUN["growth"], "max_train_flops": budget}})
+    # in proportion to the parameters is nearly true: the host's first layer passes no gradient on
+    assert used[0] < kept.metrics["train_flops"] <= 1.05 * budget
+    assert 0 < kept.metrics["seeds_kept"] < free.metrics["seeds_kept"]
+    assert any("all that the operations allow" in v.reason for v in run.controller.vetoes)
+
+
+def test_nothing_is_measured_while_a_wave_is_under_way():
+    """What a wave is chosen by is measured before it; its decisions are the same as ever."""
+    growth = {**RUN["growth"], "initialisation": "matched", "measured_samples": 50}
+    options = {**TAMIYO["controller"]["options"], "score": "bottleneck"}
+    matched = {"growth": growth, "controller": {"name": "tamiyo", "options": options}}
+    run = trial(matched)
+    measured, asked = [], run.trainer._measured_loss
+    run.trainer._measured_loss = lambda: (measured.append(run.trainer.step), asked())[1]
+    run.run_for(math.inf)
+    waves = {t.step for t in run.record().transitions if t.action == "Germinate"}
+    assert len(waves) > 1
+    assert waves <= set(measured)
+    assert len(measured) < run.intervals / 2
+
+
 @pytest.mark.parametrize("controller", [{}, TAMIYO, SCHEDULE, RANDOM])
 def test_a_whole_run_leaves_a_complete_record(controller):
     run, record = finished(controller, pair=3, seed=7)

@@ -165,6 +165,16 @@ class GrowthConfig(Config):
     max_parameters: PositiveInt | None = Field(
         None, description="G0: host and awake seeds together; None: no limit."
     )
+    max_train_flops: PositiveFloat | None = Field(
+        None, description="G0: floating point operations of the whole run (of each shard), growing "
+        "included; a seed is affordable if the steps that are left still fit with it, their "
+        "operations taken to be in proportion to the parameters. None: no limit.",
+    )  # fmt: skip
+    young_rate: PositiveFloat = Field(
+        1.0, description="Factor on the learning rate of a seed at its first step; it comes to 1 "
+        "over young_steps steps of its own. Adam and AdamW only.",
+    )  # fmt: skip
+    young_steps: PositiveInt = 100
     max_failures: PositiveInt = Field(
         8, description="Culls in a row after which the shield refuses to germinate."
     )
@@ -263,6 +273,15 @@ class RunConfig(Config):
                 f"growth.ramp_steps must be at most patience_intervals * interval_steps "
                 f"({patience_steps}), but got {self.growth.ramp_steps}; every seed would be "
                 "culled before its graft is complete."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _young_by_adam(self) -> "RunConfig":
+        if self.growth.young_rate != 1 and self.train.optimizer == "sgd":
+            raise ValueError(
+                f"growth.young_rate must be 1 with optimizer 'sgd', but got "
+                f"{self.growth.young_rate}; use 'adam' or 'adamw'."
             )
         return self
 

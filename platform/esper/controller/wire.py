@@ -157,6 +157,9 @@ class ReportWire(Config):
         max_length=256, description="The sender's graft strategies, for graft_id."
     )
     sites: tuple[SiteWire, ...] = Field(max_length=MAX_SITES)
+    affordable_parameters: NonNegativeInt | None = Field(
+        None, description="Parameters that a budget of operations has room for; None: no budget."
+    )
 
     @field_validator("growth", mode="wrap")
     @classmethod

@@ -111,6 +111,8 @@ class Report:
         parameters: Parameters of the host and of all awake seeds.
         growth: Times, thresholds and limits in force.
         sites: One entry a site.
+        affordable_parameters: Host and awake seeds together that a budget of operations has room
+            for; None: there is no such budget.
     """
 
     interval: int
@@ -123,6 +125,7 @@ class Report:
     parameters: int
     growth: GrowthConfig
     sites: tuple[SiteReport, ...]
+    affordable_parameters: int | None = None
 
     def site(self, name: str) -> SiteReport:
         """The site of that name.

@@ -128,6 +128,7 @@ class Lattice:
         loss: float | None = None,
         evaluate: Evaluate | None = None,
         measure: Loss | None = None,
+        affordable_parameters: int | None = None,
     ) -> Report:
         """What happened since the last report; one device read a site, and a new interval.
 
@@ -139,6 +140,8 @@ class Lattice:
             measure: Returns the mean loss of a batch of training data, with its gradient, for the
                 bottleneck and matched units. Called once, in eval mode; the parameters'
                 gradients are left as they are.
+            affordable_parameters: Host and awake seeds together that a budget of your own has room
+                for now; it limits germination as `growth.max_parameters` does.
 
         Returns:
             The report; values that could not be measured are None or NaN.
@@ -155,7 +158,7 @@ class Lattice:
         self.interval += 1
         for layer in self._layers():
             layer.state[:, EPOCHS] += layer.state[:, STAGE] != Stage.DORMANT
-        room = self._room()
+        room = self._room(affordable_parameters)
         sites = tuple(
             self._site_report(name, a.layer, evaluate, held_out, scored=room)
             for name, a in self.attached.items()
@@ -183,6 +186,7 @@ class Lattice:
             parameters=self.count_parameters(),
             growth=self.growth,
             sites=sites,
+            affordable_parameters=affordable_parameters,
         )
 
     def apply(self, actions: Sequence[Action] = ()) -> list[Transition]:
@@ -295,6 +299,13 @@ class Lattice:
         if self.interval:
             self._drift()
 
+    def configure_layers(self) -> None:
+        """Tell every layer what the settings mean for it."""
+        for layer in self._layers():
+            layer.ramp_steps = self.growth.ramp_steps
+            layer.young_rate, layer.young_steps = self.growth.young_rate, self.growth.young_steps
+            layer.objective = self.growth.objective
+
     def _layers(self) -> list[KasminaLayer]:
         return [a.layer for a in self.attached.values()]
 
@@ -393,12 +404,13 @@ class Lattice:
                 for at, seed in enumerate(some):
                     yield seed, (units.w_in[0, :, at : at + 1], units.bias[0, at : at + 1])
 
-    def _room(self) -> bool:
+    def _room(self, affordable_parameters: int | None) -> bool:
         """Whether the limits leave room for a seed; places are not scored for nothing."""
         growth = self.growth
         if growth.max_active_seeds is not None and self.count_awake() >= growth.max_active_seeds:
             return False
-        if growth.max_parameters is None:
+        limits = [n for n in (growth.max_parameters, affordable_parameters) if n is not None]
+        if not limits:
             return True
         costs = [
             layer.seed_parameters(BLUEPRINTS[n])
@@ -406,7 +418,7 @@ class Lattice:
             for n in BLUEPRINTS
             if BLUEPRINTS[n].fits(layer.geometry, layer.hidden) and BLUEPRINTS[n].phi
         ]
-        left = growth.max_parameters - self.count_parameters()
+        left = min(limits) - self.count_parameters()
         return any(cost <= left for cost in costs)
 
     def _bottleneck(
@@ -610,9 +622,7 @@ def attach(
         lattice.attached[site.name] = _hook(model, site, layer)
     lattice.growth = growth or lattice.growth
     lattice.seed = lattice.seed if seed is None else seed
-    for layer in lattice._layers():
-        layer.ramp_steps = lattice.growth.ramp_steps
-        layer.objective = lattice.growth.objective
+    lattice.configure_layers()
     model.__dict__[_HANDLE] = lattice
     return lattice
 
