@@ -104,6 +104,19 @@ def test_nothing_is_measured_while_a_wave_is_under_way():
     assert len(measured) < run.intervals / 2
 
 
+def test_the_gradient_of_new_seeds_is_a_curve_for_a_hundred_steps():
+    """Beside the host's: below 1 a new seed starves. It is a metric of the run in MLflow, too."""
+    growth = {**RUN["growth"], "training_intervals": 0, "fine_tuning_intervals": 100}
+    once = {"name": "schedule", "options": {"at_intervals": [2], "count": 2}}
+    _, record = finished({"growth": growth, "controller": once})
+    curve = dict(zip(record.curves["step"], record.curves["new_seed_grad_ratio"], strict=True))
+    told = [step for step, ratio in curve.items() if not math.isnan(ratio)]
+    assert all(curve[step] > 0 for step in told)
+    # grafted after step 20; while a seed rests and is evaluated it does not count
+    assert min(told) == 30
+    assert 100 <= max(told) <= 160
+
+
 @pytest.mark.parametrize("controller", [{}, TAMIYO, SCHEDULE, RANDOM])
 def test_a_whole_run_leaves_a_complete_record(controller):
     run, record = finished(controller, pair=3, seed=7)
