@@ -47,10 +47,10 @@ class HeuristicController:
         """
         actions: list[Action] = shepherd(report)
         # asked as before the interval: what was not reckoned with then was not measured
-        expected = self.may_grow(report.interval)
+        ready = not report.growth.measured_samples or self.may_grow(report.interval)
         plateau = self._plateau(report)
         self._judge_wave(report)
-        may = expected and self._open(report.interval) and not self._busy(report)
+        may = ready and self._open(report.interval) and not self._busy(report)
         if may and (plateau if self._options.trigger == "plateau" else self._gains(report)):
             wave = self._wave(report)
             self._stale = 0 if wave else self._stale
