@@ -66,10 +66,14 @@ def arena(path: Path) -> str:
     """One arena: a table for each task, with the treatment's verdict against each method."""
     result = json.loads(path.read_text(encoding="utf-8"))
     treatment = result["treatment"]
+    # a file that is not named after the arena alone holds some of its tasks
+    part = path.stem != f"arena_{result['arena']}"
+    only = "".join(f" --task {task}" for task in result["tasks"]) if part else ""
     lines = [
         f"## {path.stem}",
         "",
-        f"`esper arena configs/arenas/{result['arena']}.yaml`, commit {str(result['commit'])[:7]}; "
+        f"`esper arena configs/arenas/{result['arena']}.yaml{only}`, commit "
+        f"{str(result['commit'])[:7]}; "
         "p is Holm-corrected over the tasks. Score: interquartile mean of all runs, 0 is the host "
         "and 1 the better static network.",
         "",

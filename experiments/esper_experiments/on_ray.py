@@ -96,9 +96,10 @@ class TrialWorker(tune.Trainable):
     def _new(self, planned: Planned) -> Trial:
         followed = planned.waits_for and read_record(self._folder, planned.waits_for)
         kind = trial_of(planned.config)
+        given = (planned.config, planned.spec, followed or None)
         # a peer's network is none that a shard could hold
-        shards = self._makes_shards() if kind is Trial else KasminaShard
-        return self._marked(kind(planned.config, planned.spec, followed or None, shards=shards))
+        trial = Trial(*given, shards=self._makes_shards()) if kind is Trial else kind(*given)
+        return self._marked(trial)
 
     def _resumed(self, planned: Planned) -> Trial | None:
         """The trial where a lost worker or driver left it, if that can be continued here."""

@@ -77,6 +77,46 @@ def grown():
     return finished(TAMIYO)
 
 
+def test_growth_keeps_to_a_budget_of_operations():
+    _, free = finished(SCHEDULE)
+    _, host = finished({"lattice": []})
+    used = [r.metrics["train_flops"] for r in (host, free)]
+    budget = sum(used) / 2
+    run, kept = finished(SCHEDULE, {"growth": {**RUN["growth"], "max_train_flops": budget}})
+    # in proportion to the parameters is nearly true: the host's first layer passes no gradient on
+    assert used[0] < kept.metrics["train_flops"] <= 1.05 * budget
+    assert 0 < kept.metrics["seeds_kept"] < free.metrics["seeds_kept"]
+    assert any("all that the operations allow" in v.reason for v in run.controller.vetoes)
+
+
+def test_nothing_is_measured_while_a_wave_is_under_way():
+    """What a wave is chosen by is measured before it; its decisions are the same as ever."""
+    growth = {**RUN["growth"], "initialisation": "matched", "measured_samples": 50}
+    options = {**TAMIYO["controller"]["options"], "score": "bottleneck"}
+    matched = {"growth": growth, "controller": {"name": "tamiyo", "options": options}}
+    run = trial(matched)
+    measured, asked = [], run.trainer._measured_loss
+    run.trainer._measured_loss = lambda: (measured.append(run.trainer.step), asked())[1]
+    run.run_for(math.inf)
+    waves = {t.step for t in run.record().transitions if t.action == "Germinate"}
+    assert len(waves) > 1
+    assert waves <= set(measured)
+    assert len(measured) < run.intervals / 2
+
+
+def test_the_gradient_of_new_seeds_is_a_curve_for_a_hundred_steps():
+    """Beside the host's: below 1 a new seed starves. It is a metric of the run in MLflow, too."""
+    growth = {**RUN["growth"], "training_intervals": 0, "fine_tuning_intervals": 100}
+    once = {"name": "schedule", "options": {"at_intervals": [2], "count": 2}}
+    _, record = finished({"growth": growth, "controller": once})
+    curve = dict(zip(record.curves["step"], record.curves["new_seed_grad_ratio"], strict=True))
+    told = [step for step, ratio in curve.items() if not math.isnan(ratio)]
+    assert all(curve[step] > 0 for step in told)
+    # grafted after step 20; while a seed rests and is evaluated it does not count
+    assert min(told) == 30
+    assert 100 <= max(told) <= 160
+
+
 @pytest.mark.parametrize("controller", [{}, TAMIYO, SCHEDULE, RANDOM])
 def test_a_whole_run_leaves_a_complete_record(controller):
     run, record = finished(controller, pair=3, seed=7)

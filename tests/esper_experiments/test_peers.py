@@ -7,9 +7,13 @@ import torch
 
 from esper.config.base import ConfigError
 from esper.config.run import RunConfig
-from esper.evidence.records import Fingerprint
+from esper.config.sweep import Resources
+from esper.environment import code_hash
+from esper.evidence.records import Fingerprint, write_json
 from esper.trial import Trial, TrialSpec, kept_events
+from esper_experiments.on_ray import TrialWorker
 from esper_experiments.peers import GromoTrial, trial_of
+from esper_experiments.plan import Planned, read_record, record_path
 
 CONFIG = {
     "task": {"name": "spirals", "options": {"train_samples": 400, "held_out_samples": 200}},
@@ -120,6 +124,20 @@ class TestWithTheRealPackage:
     def test_it_keeps_to_the_budget(self, other):
         parameters = finished(other, growth={"max_parameters": 90}).curves["parameters"]
         assert 80 < parameters[-1] <= 90
+
+    def test_a_worker_of_a_sweep_runs_it_after_the_arm_that_it_follows(self, other, tmp_path):
+        """Called directly, as Tune does it; the record is that of a trial without a worker."""
+        config = RunConfig.model_validate(CONFIG)
+        mark = Fingerprint(code_hash=code_hash(), commit=None, versions={}, device="cpu")
+        spec = TrialSpec("gromo", 0, 3, 0, "", mark)
+        write_json(record_path(tmp_path, "other-000"), other)
+        worker = TrialWorker.__new__(TrialWorker)
+        plan = {spec.trial_id: Planned(spec, config, waits_for="other-000")}
+        worker.setup({"trial": spec.trial_id}, plan, str(tmp_path), Resources())
+        while not worker.step()["done"]:
+            pass
+        record = read_record(tmp_path, spec.trial_id)
+        assert record.curves["train_loss"] == finished(other).curves["train_loss"]
 
     def test_it_is_the_same_each_time(self, other):
         one, again = finished(other), finished(other)

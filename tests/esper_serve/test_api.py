@@ -153,6 +153,9 @@ def test_a_rollout_gives_a_share_of_the_models_another_policy(make_service, tmp_
         create_app(service.settings)
 
 
+MEMORY = {"best": 1.0, "stale": 0, "gain": None, "unpaid": 0, "under_way": False}
+
+
 @pytest.mark.parametrize(
     ("change", "status", "says"),
     [
@@ -162,7 +165,7 @@ def test_a_rollout_gives_a_share_of_the_models_another_policy(make_service, tmp_
         ({"extra": 1}, 422, "extra must be a known key"),
         ({"report": {}}, 422, "report.interval must be given"),
         ({"memory": {"nonsense": 1}}, 422, "can decide, but: KeyError"),
-        ({"memory": {"best": "x", "stale": 0, "gain": None, "unpaid": 0}}, 422, "TypeError"),
+        ({"memory": MEMORY | {"best": "x"}}, 422, "TypeError"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_path(service, change, status, says):

@@ -1,6 +1,7 @@
 """`esper arena`: progress task by task, then the verdicts of every task and where to look."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 
 
 def run_arena_command(
-    config: Path, pairs: int | None, json_file: Path | None, html_file: Path | None
+    config: Path,
+    tasks: Sequence[str],
+    pairs: int | None,
+    json_file: Path | None,
+    html_file: Path | None,
 ) -> int:
     """Run the arena and print what it found.
 
@@ -27,6 +32,8 @@ def run_arena_command(
     """
     console = Console()
     arena = load_arena(config)
+    if tasks:
+        arena = arena.only(tasks)
     if pairs is not None:
         arena = arena.with_pairs(pairs)
     trials = sum(len(s.arms) * s.pairs for s in arena.sweeps.values())
@@ -38,7 +45,8 @@ def run_arena_command(
         console.print(f"task {place} of {len(arena.sweeps)}: {task}, {len(sweep.arms)} methods")
         return SweepProgress(console, sweep)
 
-    command = f"esper arena {config}" + ("" if pairs is None else f" --pairs {pairs}")
+    command = f"esper arena {config}" + "".join(f" --task {task}" for task in tasks)
+    command += "" if pairs is None else f" --pairs {pairs}"
     result = run_arena(arena, watch, command=command)
     show(console, result.summary)
     if json_file is not None:

@@ -155,6 +155,9 @@ def plan_ab(
 @explained
 def arena(
     config: Annotated[Path, typer.Argument(help="An arena: configs/arenas/growth.yaml.")],
+    task: Annotated[
+        list[str] | None, typer.Option(help="Only this task; may be given more than once.")
+    ] = None,
     pairs: Annotated[
         int | None, typer.Option(min=2, max=64, help="Pairs of every task, in place of CONFIG's.")
     ] = None,
@@ -169,7 +172,7 @@ def arena(
     """
     from esper.cli.arena import run_arena_command
 
-    raise typer.Exit(run_arena_command(config, pairs, json_file, html_file))
+    raise typer.Exit(run_arena_command(config, task or [], pairs, json_file, html_file))
 
 
 @app.command()

@@ -7,7 +7,7 @@ that sweep, or one with some keys changed, under one name in every task.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -130,6 +130,21 @@ class Arena:
             "absent": {task: dict(absent) for task, absent in self.absent.items()},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def only(self, tasks: Sequence[str]) -> "Arena":
+        """Some of its tasks, which is another question; trials that ran before count.
+
+        Raises:
+            ConfigError: If it has no such task.
+        """
+        if unknown := [task for task in tasks if task not in self.sweeps]:
+            raise ConfigError("--task", (
+                f"it must be one of {', '.join(self.sweeps)}, but got '{unknown[0]}'.",
+            ))  # fmt: skip
+        kept = {t: task for t, task in self.config.tasks.items() if t in tasks}
+        config = self.config.model_copy(update={"tasks": kept})
+        sweeps = {t: self.sweeps[t] for t in kept}
+        return Arena(config, sweeps, {t: self.absent[t] for t in kept})
 
     def with_pairs(self, pairs: int) -> "Arena":
         """The same with another number of pairs, which is another question.

@@ -1,6 +1,7 @@
 """Configuration of one run: a task, a host, where it may grow, and who decides."""
 
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -132,9 +133,11 @@ class GrowthConfig(Config):
         description="Training samples on which the bottleneck is measured once an interval; 0: "
         "never.",
     )
-    scored_blueprint: str = Field(
+    scored_blueprint: str | tuple[str, ...] | dict[str, tuple[str, ...]] = Field(
         "mlp_relu",
-        description="Whose hidden units the bottleneck is measured with, whatever is germinated.",
+        description="Whose hidden units the bottleneck is measured with, whatever is germinated; "
+        "of several, that of the one that promises most for each parameter at a site. A mapping "
+        "gives them by glob of the site's name, the first that fits.",
     )
     training_intervals: NonNegativeInt = Field(
         1, description="Least intervals in TRAINING (G2); 0: a seed is grafted at once, and learns "
@@ -176,6 +179,16 @@ class GrowthConfig(Config):
     max_parameters: PositiveInt | None = Field(
         None, description="G0: host and awake seeds together; None: no limit."
     )
+    max_train_flops: PositiveFloat | None = Field(
+        None, description="G0: floating point operations of the whole run (of each shard), growing "
+        "included; a seed is affordable if the steps that are left still fit with it, their "
+        "operations taken to be in proportion to the parameters. None: no limit.",
+    )  # fmt: skip
+    young_rate: PositiveFloat = Field(
+        1.0, description="Factor on the learning rate of a seed at its first step; it comes to 1 "
+        "over young_steps steps of its own. Adam and AdamW only.",
+    )  # fmt: skip
+    young_steps: PositiveInt = 100
     max_failures: PositiveInt = Field(
         8, description="Culls in a row after which the shield refuses to germinate."
     )
@@ -192,6 +205,13 @@ class GrowthConfig(Config):
     trial_intervals: NonNegativeInt = Field(
         3, description="Intervals in FINE_TUNING in which a seed is still on trial."
     )
+
+    def scored_at(self, site: str) -> tuple[str, ...]:
+        """Blueprints that a site is scored for; none if no glob fits its name."""
+        named = self.scored_blueprint
+        if isinstance(named, dict):
+            return next((names for glob, names in named.items() if fnmatchcase(site, glob)), ())
+        return (named,) if isinstance(named, str) else named
 
     @model_validator(mode="after")
     def _measured(self) -> "GrowthConfig":
@@ -282,6 +302,15 @@ class RunConfig(Config):
                 f"growth.ramp_steps must be at most patience_intervals * interval_steps "
                 f"({patience_steps}), but got {self.growth.ramp_steps}; every seed would be "
                 "culled before its graft is complete."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _young_by_adam(self) -> "RunConfig":
+        if self.growth.young_rate != 1 and self.train.optimizer == "sgd":
+            raise ValueError(
+                f"growth.young_rate must be 1 with optimizer 'sgd', but got "
+                f"{self.growth.young_rate}; use 'adam' or 'adamw'."
             )
         return self
 

@@ -166,5 +166,6 @@ def random_site(
             if geometry in BLUEPRINTS[n].geometries
         },
         unexplained=float(rng.random()),
+        scored_blueprint="mlp_relu",
         **measured,
     )

@@ -5,10 +5,11 @@ dormant seeds with the highest score, a few at a time, and lets each wave recove
 next. The gates decide about every seed's further life.
 """
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from esper.controller.base import (
     CONTROLLERS,
@@ -20,6 +21,7 @@ from esper.controller.base import (
 )
 from esper.seeds.actions import Action, Germinate
 from esper.seeds.gates import MissingMeasurementError, measured, measured_all, resources
+from esper.seeds.lifecycle import MOVES
 from esper.seeds.report import Report, SiteReport
 from esper.seeds.state import PIPELINE_STAGES, Stage
 
@@ -34,6 +36,8 @@ class HeuristicController:
         # held-out gain of the wave under way with its variance, and waves that did not pay
         self._gain: tuple[float, float] | None = None
         self._unpaid = 0
+        # whether the actions of the last decision left seeds of a wave on their way
+        self._under_way = False
 
     def decide(self, report: Report) -> list[Action]:
         """Shepherds the awake seeds, and germinates a wave on a plateau.
@@ -42,30 +46,45 @@ class HeuristicController:
             MissingMeasurementError: If the report holds no training loss or no gradient.
         """
         actions: list[Action] = shepherd(report)
+        # asked as before the interval: what was not reckoned with then was not measured
+        ready = not report.growth.measured_samples or self.may_grow(report.interval)
         plateau = self._plateau(report)
         self._judge_wave(report)
-        if self._busy(report) or not self.may_grow(report.interval):
-            return actions
-        if plateau if self._options.trigger == "plateau" else self._gains(report):
+        may = ready and self._open(report.interval) and not self._busy(report)
+        if may and (plateau if self._options.trigger == "plateau" else self._gains(report)):
             wave = self._wave(report)
             self._stale = 0 if wave else self._stale
             actions += wave
+        self._under_way = _leaves_under_way(report, actions)
         return actions
 
     def may_grow(self, interval: int) -> bool:
-        """Until the last interval, or until waves do not pay any more."""
+        """Until the last interval, or until waves do not pay any more.
+
+        Not while a wave is under way, nor where even an interval without improvement would be no
+        plateau yet.
+        """
+        o = self._options
+        soon = o.trigger != "plateau" or self._stale + 1 >= o.patience_intervals
+        return soon and not self._under_way and self._open(interval)
+
+    def _open(self, interval: int) -> bool:
         in_time = self._options.last_interval is None or interval <= self._options.last_interval
         return in_time and self._unpaid < self._options.max_unpaid_waves
 
     def state_dict(self) -> dict[str, Any]:
         """The best loss, since when it has not been beaten, and what the waves were worth."""
         gain = None if self._gain is None else list(self._gain)
-        return {"best": self._best, "stale": self._stale, "gain": gain, "unpaid": self._unpaid}
+        return {
+            "best": self._best, "stale": self._stale, "gain": gain, "unpaid": self._unpaid,
+            "under_way": self._under_way,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Remember what `state_dict` returned."""
         self._best, self._stale, self._unpaid = state["best"], state["stale"], state["unpaid"]
         self._gain = None if state["gain"] is None else tuple(state["gain"])
+        self._under_way = state["under_way"]
 
     def _plateau(self, report: Report) -> bool:
         if report.loss is None:
@@ -85,7 +104,7 @@ class HeuristicController:
         shares = [
             measured_all("bottleneck", site, seeds).max() / site.unexplained
             for site in report.sites
-            if resources(report, site, self._options.blueprint).passed and site.unexplained
+            if resources(report, site, self._blueprint(site)).passed and site.unexplained
             if (seeds := site.seeds_in(Stage.DORMANT)[: 1 if site.geometry == "span" else None])
         ]
         return max(shares, default=0.0) >= self._options.min_predicted_frac
@@ -118,27 +137,32 @@ class HeuristicController:
 
     def _wave(self, report: Report) -> list[Action]:
         o = self._options
-        fitting = [s for s in report.sites if o.blueprint in s.seed_parameters]
+        fitting = [s for s in report.sites if self._blueprint(s) in s.seed_parameters]
         if report.sites and not fitting:
             raise ValueError(
                 f"blueprint must fit a site of the lattice, but '{o.blueprint}' fits none of "
                 f"{', '.join(s.name for s in report.sites)}; choose another."
             )
-        affordable = [s for s in fitting if resources(report, s, o.blueprint).passed]
+        affordable = [s for s in fitting if resources(report, s, self._blueprint(s)).passed]
         # all seeds of a span score the same, so the lowest come first and stay compact
         ranked = sorted(
-            (-score, site.name, seed)
+            (-score, site.name, seed, self._blueprint(site))
             for site in affordable
             for score, seed in self._promising(site, o.seeds_per_wave)
         )
         return [
             action
-            for score, name, seed in ranked[: o.seeds_per_wave]
+            for score, name, seed, blueprint in ranked[: o.seeds_per_wave]
             for action in germinate(
                 report,
-                Germinate(name, seed, o.blueprint, o.graft, f"{o.trigger}; {o.score} {-score:.3g}"),
+                Germinate(name, seed, blueprint, o.graft, f"{o.trigger}; {o.score} {-score:.3g}"),
             )
         ]
+
+    def _blueprint(self, site: SiteReport) -> str:
+        """What a seed of the site would be."""
+        promising = site.scored_blueprint if self._options.blueprint_by_score else None
+        return self._options.blueprint if promising is None else promising
 
     def _promising(self, site: SiteReport, count: int) -> list[tuple[float, int]]:
         """The dormant seeds of a site whose places promise most, each after what it promises.
@@ -157,13 +181,27 @@ class HeuristicController:
         if relative:
             scores *= measured_all("variance", site, seeds)
         if name == "bottleneck":
-            scores /= site.seed_parameters[self._options.blueprint]
+            scores /= site.seed_parameters[self._blueprint(site)]
         if len(seeds) > count:
             # a million scores need not be sorted for a wave
             enough = scores >= np.partition(scores, -count)[-count]
             seeds, scores = seeds[enough], scores[enough]
         best = np.argsort(-scores, kind="stable")[:count]
         return list(zip(scores[best].tolist(), seeds[best].tolist(), strict=True))
+
+
+def _leaves_under_way(report: Report, actions: Sequence[Action]) -> bool:
+    """Whether seeds of a wave are on their way after the actions, so that none can begin next."""
+    stages = {
+        (site.name, seed): Stage(int(site.stage[seed]))
+        for site in report.sites
+        for seed in site.seeds_in(*PIPELINE_STAGES)
+    }
+    for action in actions:
+        place = action.site, action.seed
+        before = stages.get(place, Stage(int(report.site(action.site).stage[action.seed])))
+        stages[place] = MOVES[before, type(action)]
+    return any(stage in PIPELINE_STAGES for stage in stages.values())
 
 
 _HOW_TO_MEASURE = {
@@ -184,6 +222,10 @@ class TamiyoOptions(GrowingOptions):
         "grad_energy", description="What a place is chosen by. The last is the bottleneck times "
         "the variance of the site's output, for sites whose outputs differ in scale: what a "
         "change in proportion to the output is worth.",
+    )  # fmt: skip
+    blueprint_by_score: bool = Field(
+        False, description="Whether each site grows what promises most there for each parameter, "
+        "of growth.scored_blueprint, in place of `blueprint`; needs a score by the bottleneck.",
     )  # fmt: skip
     trigger: Literal["plateau", "predicted_gain"] = Field(
         "plateau",
@@ -207,6 +249,15 @@ class TamiyoOptions(GrowingOptions):
     last_interval: PositiveInt | None = Field(
         None, description="No germination after this interval; None: until the end."
     )
+
+    @model_validator(mode="after")
+    def _scored(self) -> Self:
+        if self.blueprint_by_score and self.score == "grad_energy":
+            raise ValueError(
+                "score must be 'bottleneck' or 'relative_bottleneck' for blueprint_by_score, but "
+                "got 'grad_energy', which tells nothing of what is to be grown."
+            )
+        return self
 
     def build(self, seed: int, events: tuple[GrowthEvent, ...] = ()) -> Controller:
         """A heuristic controller."""

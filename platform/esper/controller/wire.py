@@ -89,6 +89,9 @@ class SiteWire(Config):
         description="Parameters of one seed by blueprint, for those that fit the site."
     )
     unexplained: float | None = Field(description="None: not measured.")
+    scored_blueprint: Name | None = Field(
+        None, description="Blueprint that the bottleneck is of; None: not measured."
+    )
 
     @field_validator("columns")
     @classmethod
@@ -114,6 +117,7 @@ class SiteWire(Config):
             columns={name: getattr(site, name) for name in _COLUMNS},
             seed_parameters=dict(site.seed_parameters),
             unexplained=None if np.isnan(site.unexplained) else float(site.unexplained),
+            scored_blueprint=site.scored_blueprint,
         )
 
     def dump(self, binary: bool) -> dict[str, Any]:
@@ -129,6 +133,7 @@ class SiteWire(Config):
             geometry=self.geometry,
             seed_parameters=self.seed_parameters,
             unexplained=unexplained,
+            scored_blueprint=self.scored_blueprint,
             **self.columns,
         )
 
@@ -154,6 +159,9 @@ class ReportWire(Config):
         max_length=256, description="The sender's graft strategies, for graft_id."
     )
     sites: tuple[SiteWire, ...] = Field(max_length=MAX_SITES, description="Telemetry of each site.")
+    affordable_parameters: NonNegativeInt | None = Field(
+        None, description="Parameters that a budget of operations has room for; None: no budget."
+    )
 
     @field_validator("growth", mode="wrap")
     @classmethod
@@ -332,7 +340,8 @@ def report_hash(report: ReportWire, memory: Mapping[str, Any] | None, seed: int)
         [s.name, s.geometry, s.seeds, sorted(s.seed_parameters.items()), s.unexplained]
         for s in report.sites
     ]
-    rest = json.dumps([memory, seed, sites], sort_keys=True)
+    promising = [s.scored_blueprint for s in report.sites]
+    rest = json.dumps([memory, seed, sites, promising], sort_keys=True)
     head = report.model_dump_json(exclude={"sites"}) + rest
     digest = hashlib.blake2b(head.encode(), digest_size=16)
     for site in report.sites:

@@ -34,7 +34,7 @@ class Gate:
 
 
 def resources(report: Report, site: SiteReport, blueprint: str) -> Gate:
-    """G0: parameter budget and number of seeds awake at once."""
+    """G0: budgets of parameters and operations, and number of seeds awake at once."""
     growth = report.growth
     if growth.max_active_seeds is not None and report.active_seeds >= growth.max_active_seeds:
         return Gate("G0", False, f"{report.active_seeds} seeds are awake, the limit is reached")
@@ -42,6 +42,10 @@ def resources(report: Report, site: SiteReport, blueprint: str) -> Gate:
     total = report.parameters + cost
     if growth.max_parameters is not None and total > growth.max_parameters:
         return Gate("G0", False, f"{total} parameters would pass {growth.max_parameters}")
+    affordable = report.affordable_parameters
+    if affordable is not None and total > affordable:
+        reason = f"{total} parameters would pass {affordable}, all that the operations allow"
+        return Gate("G0", False, reason)
     return Gate("G0", True, f"{cost} parameters more make {total}")
 
 

@@ -156,6 +156,8 @@ class KasminaLayer(nn.Module):
         self.ramp_steps = 100
         # the seeds that are computed here; None: all
         self._held: slice | None = None
+        # factor on the learning rate of a seed's first step, and steps until it is 1
+        self.young_rate, self.young_steps = 1.0, 100
         self._make_pool(torch.promote_types(dtype, torch.float32), device)
         self._make_state(device)
         self.counted_steps = self._counted_before = self._steps_before = 0

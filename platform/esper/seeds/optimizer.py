@@ -185,6 +185,11 @@ class SeedOptimizer(Optimizer):
     def _step_layer(self, layer: KasminaLayer, group: dict[str, Any]) -> None:
         capturing = optimizer_guard.is_capturing(layer)
         optimizer_guard.require_one_mover(layer, self)
+        if layer.young_rate != 1:
+            raise ValueError(
+                f"growth.young_rate must be 1 with a SeedOptimizer, but got {layer.young_rate}; "
+                "use lr_scale, or an optimizer of torch."
+            )
         if capturing:
             _require_rate_on_device(group)
         self._make_state(layer, group)

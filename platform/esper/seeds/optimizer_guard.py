@@ -14,8 +14,8 @@ sharded by seeds (FSDP2); each process then guards its own rows.
 
 Adam divides its moments by `1 - beta^t`, where t counts the steps of the whole parameter. For a
 seed woken late the moments are young and t is old, so its first steps would be up to six times too
-large. Each seed therefore gets the correction of its own age. Source: Kingma and Ba, "Adam", ICLR
-2015, section 3.
+large. Each seed therefore gets the correction of its own age; on top of it, a rate of its own while
+it is young, if the layer asks for that. Source: Kingma and Ba, "Adam", ICLR 2015, section 3.
 """
 
 import weakref
@@ -193,6 +193,9 @@ def _correct_for_age(
     beta1, beta2 = group["betas"]
     of_parameter = debias(steps, beta2).sqrt() / debias(steps, beta1)
     factor = debias(age, beta2).sqrt() / debias(age, beta1) / of_parameter
+    if layer.young_rate != 1:
+        youth = (1 - (age - 1) / layer.young_steps).clamp(min=0)
+        factor = factor * (1 + (layer.young_rate - 1) * youth)
     # decoupled weight decay is no part of the update
     decay = group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
     start = before * (1 - decay)

@@ -55,6 +55,8 @@ class SiteReport:
         unexplained: Mean over the samples of the squared change of the site's output that the loss
             wants and the host's own weights cannot make: what a bottleneck is a part of. NaN if
             the interval was not measured.
+        scored_blueprint: Whose units the bottleneck is of: of `growth.scored_blueprint` the one
+            that promises most for each parameter. None if the interval was not measured.
     """
 
     name: str
@@ -77,6 +79,7 @@ class SiteReport:
     gain_se: Floats
     seed_parameters: Mapping[str, int]
     unexplained: float
+    scored_blueprint: str | None = None
 
     def state(self, seed: int) -> SeedState:
         """The state of one seed."""
@@ -110,6 +113,8 @@ class Report:
         parameters: Parameters of the host and of all awake seeds.
         growth: Times, thresholds and limits in force.
         sites: One entry a site.
+        affordable_parameters: Host and awake seeds together that a budget of operations has room
+            for; None: there is no such budget.
     """
 
     interval: int
@@ -122,6 +127,7 @@ class Report:
     parameters: int
     growth: GrowthConfig
     sites: tuple[SiteReport, ...]
+    affordable_parameters: int | None = None
 
     def site(self, name: str) -> SiteReport:
         """The site of that name.

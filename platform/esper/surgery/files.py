@@ -187,8 +187,8 @@ def _restore(lattice: Lattice, saved: dict[str, Any]) -> None:
     for attached, steps in zip(lattice.attached.values(), saved["steps"], strict=True):
         layer = attached.layer
         layer.steps = steps
-        layer.ramp_steps, layer.objective = lattice.growth.ramp_steps, lattice.growth.objective
         layer.reset_telemetry()
+    lattice.configure_layers()
     # checkpoints are made between intervals, so the drift counts from here
     lattice.restart_drift()
 

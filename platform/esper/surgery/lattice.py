@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.config.run import GrowthConfig
 from esper.seeds.actions import Action, Germinate
-from esper.seeds.blueprints import BLUEPRINTS, Geometry
+from esper.seeds.blueprints import BLUEPRINTS, Blueprint, Geometry
 from esper.seeds.grafting import GRAFTS, GraftSignals
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.lifecycle import Transition, advance
@@ -128,6 +128,7 @@ class Lattice:
         loss: float | None = None,
         evaluate: Evaluate | None = None,
         measure: Loss | None = None,
+        affordable_parameters: int | None = None,
     ) -> Report:
         """What happened since the last report; one device read a site, and a new interval.
 
@@ -139,6 +140,8 @@ class Lattice:
             measure: Returns the mean loss of a batch of training data, with its gradient, for the
                 bottleneck and matched units. Called once, in eval mode; the parameters'
                 gradients are left as they are.
+            affordable_parameters: Host and awake seeds together that a budget of your own has room
+                for now; it limits germination as `growth.max_parameters` does.
 
         Returns:
             The report; values that could not be measured are None or NaN.
@@ -155,7 +158,7 @@ class Lattice:
         self.interval += 1
         for layer in self._layers():
             layer.state[:, EPOCHS] += layer.state[:, STAGE] != Stage.DORMANT
-        room = self._room()
+        room = self._room(affordable_parameters)
         sites = tuple(
             self._site_report(name, a.layer, evaluate, held_out, scored=room)
             for name, a in self.attached.items()
@@ -183,6 +186,7 @@ class Lattice:
             parameters=self.count_parameters(),
             growth=self.growth,
             sites=sites,
+            affordable_parameters=affordable_parameters,
         )
 
     def apply(self, actions: Sequence[Action] = ()) -> list[Transition]:
@@ -295,6 +299,13 @@ class Lattice:
         if self.interval:
             self._drift()
 
+    def configure_layers(self) -> None:
+        """Tell every layer what the settings mean for it."""
+        for layer in self._layers():
+            layer.ramp_steps = self.growth.ramp_steps
+            layer.young_rate, layer.young_steps = self.growth.young_rate, self.growth.young_steps
+            layer.objective = self.growth.objective
+
     def _layers(self) -> list[KasminaLayer]:
         return [a.layer for a in self.attached.values()]
 
@@ -393,12 +404,13 @@ class Lattice:
                 for at, seed in enumerate(some):
                     yield seed, (units.w_in[0, :, at : at + 1], units.bias[0, at : at + 1])
 
-    def _room(self) -> bool:
+    def _room(self, affordable_parameters: int | None) -> bool:
         """Whether the limits leave room for a seed; places are not scored for nothing."""
         growth = self.growth
         if growth.max_active_seeds is not None and self.count_awake() >= growth.max_active_seeds:
             return False
-        if growth.max_parameters is None:
+        limits = [n for n in (growth.max_parameters, affordable_parameters) if n is not None]
+        if not limits:
             return True
         costs = [
             layer.seed_parameters(BLUEPRINTS[n])
@@ -406,15 +418,33 @@ class Lattice:
             for n in BLUEPRINTS
             if BLUEPRINTS[n].fits(layer.geometry, layer.hidden) and BLUEPRINTS[n].phi
         ]
-        left = growth.max_parameters - self.count_parameters()
+        left = min(limits) - self.count_parameters()
         return any(cost <= left for cost in costs)
 
-    def _bottleneck(self, site: str, layer: KasminaLayer, dormant: list[int]) -> Tensor:
-        """The bottleneck of the dormant seeds; NaN for others, and where nothing was measured."""
+    def _bottleneck(
+        self, site: str, layer: KasminaLayer, dormant: list[int]
+    ) -> tuple[Tensor, str | None]:
+        """The bottleneck of the dormant seeds, and whose units promise it.
+
+        NaN for other seeds and None where nothing was measured.
+        """
+        named = [BLUEPRINTS[n] for n in self.growth.scored_at(site)]
+        fitting = [b for b in named if b.fits(layer.geometry, layer.hidden)]
+        if site not in self._measured or not dormant or not fitting:
+            return torch.full((layer.num_seeds,), math.nan), None
+        found = [self._bottleneck_of(b, site, layer, dormant) for b in fitting]
+        worth = [
+            float(gain[dormant].max()) / layer.seed_parameters(b)
+            for b, gain in zip(fitting, found, strict=True)
+        ]
+        best = worth.index(max(worth))
+        return found[best], fitting[best].name
+
+    def _bottleneck_of(
+        self, blueprint: Blueprint, site: str, layer: KasminaLayer, dormant: list[int]
+    ) -> Tensor:
+        """The bottleneck of the dormant seeds for units of one blueprint; NaN for other seeds."""
         found = torch.full((layer.num_seeds,), math.nan)
-        if site not in self._measured or not dormant:
-            return found
-        blueprint = BLUEPRINTS[self.growth.scored_blueprint]
         generator = self._generator(site, -1)
         rows, phi = self._measured[site], PHI[blueprint.phi]
         if layer.geometry == "span":
@@ -465,14 +495,14 @@ class Lattice:
             if BLUEPRINTS[n].fits(layer.geometry, layer.hidden)
         }
         dormant = [int(s) for s in (ints["stage"] == Stage.DORMANT).nonzero()[0]] if scored else []
-        bottleneck = self._bottleneck(name, layer, dormant)
+        bottleneck, scored_blueprint = self._bottleneck(name, layer, dormant)
         silent = layer.silent_frac(self._measured[name].source if name in self._measured else None)
         ratio = layer.grad_rms() / self._host_grad_rms(self.attached[name].site)
         return SiteReport(
             name=name, geometry=layer.geometry, **ints, **columns, bottleneck=bottleneck.numpy(),
             silent_frac=silent.numpy(), grad_ratio=ratio.numpy(), gain=gain[0].numpy(),
             gain_se=gain[1].numpy(), seed_parameters=fitting,
-            unexplained=self._unexplained(name),
+            unexplained=self._unexplained(name), scored_blueprint=scored_blueprint,
         )  # fmt: skip
 
     def _unexplained(self, site: str) -> float:
@@ -579,13 +609,14 @@ def attach(
     """
     if geometry not in get_args(Geometry):
         raise ValueError(f"geometry must be 'chunk' or 'span', but got '{geometry}'.")
-    if growth is not None and not BLUEPRINTS[growth.scored_blueprint].elementwise:
-        raise ValueError(
-            "scored_blueprint must have hidden units that are functions of one number, but got "
-            f"'{growth.scored_blueprint}'; use 'mlp_relu' or 'low_rank'."
-        )
     lattice = lattice_of(model) or Lattice(model)
     found = find_sites(model, sites, geometry)
+    for name in {n for s in found for n in (growth or lattice.growth).scored_at(s.name)}:
+        if not BLUEPRINTS[name].elementwise:
+            raise ValueError(
+                "scored_blueprint must have hidden units that are functions of one number, but got "
+                f"'{name}'; use 'mlp_relu' or 'low_rank'."
+            )
     layers = [
         _make_layer(model, site, lattice, seeds_per_layer, geometry, hidden, channels, channel_axis)
         for site in found
@@ -595,9 +626,7 @@ def attach(
         lattice.attached[site.name] = _hook(model, site, layer)
     lattice.growth = growth or lattice.growth
     lattice.seed = lattice.seed if seed is None else seed
-    for layer in lattice._layers():
-        layer.ramp_steps = lattice.growth.ramp_steps
-        layer.objective = lattice.growth.objective
+    lattice.configure_layers()
     model.__dict__[_HANDLE] = lattice
     return lattice
 

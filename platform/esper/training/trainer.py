@@ -303,13 +303,29 @@ class Trainer:
         if not math.isfinite(loss):
             raise CollapseError(self.step, f"training loss {loss}")
         wanted = self.measures and self.lattice.growth.measured_samples
+        affordable = self._affordable_parameters()
         if not wanted or not self.lattice.attached:
-            return self.lattice.report(loss, self._held_out_losses)
+            return self.lattice.report(
+                loss, self._held_out_losses, affordable_parameters=affordable
+            )
         try:
             with self._growing():
-                return self.lattice.report(loss, self._held_out_losses, self._measured_loss)
+                return self.lattice.report(
+                    loss, self._held_out_losses, self._measured_loss, affordable
+                )
         except NotFiniteError as error:
             raise CollapseError(self.step, str(error)) from error
+
+    def _affordable_parameters(self) -> int | None:
+        """Parameters with which the steps that are left fit the budget of operations."""
+        budget = self.lattice.growth.max_train_flops
+        if budget is None:
+            return None
+        now, left = self.lattice.count_parameters(), self.config.steps - self.step
+        each = self.cost.flops_per_step
+        if not left or not each:
+            return now
+        return max(0, int(now * (budget - self.cost.flops - self.cost.growth_flops) / left / each))
 
     @contextmanager
     def _growing(self) -> Iterator[None]:

@@ -90,6 +90,18 @@ def test_what_does_not_apply_stands_with_its_reason(tmp_path):
     assert load(tmp_path, methods=methods).absent["one"] == {}
 
 
+def test_some_tasks_are_another_question_with_the_same_sweeps(tmp_path):
+    arena = load(tmp_path)
+    first, *others = arena.sweeps
+    assert others
+    part = arena.only([first])
+    assert part.sweeps == {first: arena.sweeps[first]}
+    assert list(part.config.tasks) == list(part.absent) == [first]
+    assert part.config_hash != arena.config_hash
+    with pytest.raises(ConfigError, match=f"must be one of {first}, .* but got 'nothing'"):
+        arena.only(["nothing"])
+
+
 def test_other_pairs_are_another_question(tmp_path):
     arena = load(tmp_path)
     more = arena.with_pairs(5)

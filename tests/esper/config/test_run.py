@@ -64,6 +64,8 @@ def test_the_shipped_runs_are_valid(file):
          r"growth: patience_intervals must be at least stabilization_intervals \(2\), but got 1"),
         ({"growth": {"ramp_steps": 401}, "controller": {"name": "tamiyo"}},
          r"ramp_steps must be at most patience_intervals \* interval_steps \(400\), but got 401"),
+        ({"growth": {"young_rate": 3}, "train": {"steps": 100, "optimizer": "sgd"}},
+         r"growth\.young_rate must be 1 with optimizer 'sgd', but got 3"),
         ({"start": "grown"}, r"start must be 'host' for a run that follows no arm"),
         ({"start": "gron"}, r"start must be 'host' or 'grown', but got 'gron'"),
         ({"seed_salt": -1}, r"seed_salt must be greater than or equal to 0, but got -1"),

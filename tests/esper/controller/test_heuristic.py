@@ -40,6 +40,31 @@ def test_patience_starts_anew_after_a_wave(make_report):
     assert waves(tamiyo(), [1.0] * 7, make_report) == [0, 0, 2, 0, 2, 0, 2]
 
 
+def test_it_says_when_no_wave_can_begin(make_report, make_site):
+    controller = tamiyo()
+    asked = []
+    life = [0, 0, 0, Stage.GRAFTING, Stage.EVALUATING, Stage.FINE_TUNING]
+    for interval, stage in enumerate(life, start=1):
+        asked.append(controller.may_grow(interval))
+        site = make_site(stage=[stage, stage, 0, 0], alpha=0.5)
+        grows = germinated(controller.decide(make_report(site, interval=interval)))
+        assert asked[-1] or not grows
+    # two intervals without improvement are a plateau: the wave begins after the third
+    assert asked == [False, False, True, False, False, True]
+
+
+def test_what_was_not_reckoned_with_is_not_asked_of_a_report_without_it(make_report, make_site):
+    """A wave was sent back with the run: nothing was measured for another at once."""
+    growth = GrowthConfig(measured_samples=64)
+    controller = tamiyo(patience_intervals=1, score="bottleneck")
+    made = []
+    for interval, bottleneck in enumerate((1.0, 1.0, np.nan, 1.0), start=1):
+        site = make_site(bottleneck=bottleneck)
+        report = make_report(site, interval=interval, growth=growth)
+        made.append(len(germinated(controller.decide(report))))
+    assert made == [0, 2, 0, 2]
+
+
 def test_a_falling_negative_loss_is_an_improvement_and_a_flat_one_is_not(make_report):
     assert waves(tamiyo(), [-1.0, -1.5, -2.0, -2.5], make_report) == [0, 0, 0, 0]
     assert waves(tamiyo(), [-1.0, -1.0, -1.01], make_report) == [0, 0, 2]

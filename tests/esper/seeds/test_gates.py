@@ -1,5 +1,7 @@
 """Gates G0 to G5 on hand-made reports: open, shut, and never by default."""
 
+from dataclasses import replace
+
 import pytest
 
 from esper.config.run import GrowthConfig
@@ -24,6 +26,15 @@ def test_g0_resources(make_site, make_report, limits, gate):
     site = make_site(stage=[Stage.GERMINATED, Stage.FOSSILIZED, Stage.CULLED, Stage.DORMANT])
     report = make_report(site, growth=GrowthConfig(**limits))
     assert gates.resources(report, site, "mlp_relu") == gate
+
+
+def test_g0_keeps_to_what_the_operations_allow(make_site, make_report):
+    site = make_site()
+    report = replace(make_report(site), affordable_parameters=1100)
+    assert gates.resources(report, site, "mlp_relu").passed
+    report = replace(report, affordable_parameters=1099)
+    reason = "1100 parameters would pass 1099, all that the operations allow"
+    assert gates.resources(report, site, "mlp_relu") == Gate("G0", False, reason)
 
 
 @pytest.mark.parametrize(

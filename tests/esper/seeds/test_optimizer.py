@@ -290,6 +290,13 @@ def test_a_checkpoint_holds_it(tmp_path, bench):
     assert torch.equal(optimizer.steps(b.layer), other.steps(again.layer))
 
 
+def test_a_young_rate_that_it_does_not_heed_is_refused(bench):
+    b = bench("linear", "chunk")
+    b.layer.young_rate = 2.0
+    with pytest.raises(ValueError, match=r"young_rate must be 1 with a SeedOptimizer, but got 2"):
+        train(b, SeedOptimizer(b.lattice), 1)
+
+
 def test_state_of_other_pools_is_refused_and_nothing_changed(bench):
     b = bench("linear", "chunk")
     optimizer = SeedOptimizer(b.lattice)

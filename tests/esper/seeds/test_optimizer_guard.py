@@ -424,3 +424,35 @@ def test_a_seed_woken_late_gets_the_bias_correction_of_its_own_age(kind):
                 alone.step()
             late.step()
     torch.testing.assert_close(layer.w_in.detach()[1], twin.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW], ids=lambda k: k.__name__)
+def test_a_young_seed_has_its_own_rate_that_comes_to_that_of_all(kind):
+    """Factor 3 at its first step, then linearly to 1 over four steps, at each its own age."""
+    layer = KasminaLayer(8, 2, hidden=4)
+    layer.young_rate, layer.young_steps = 3.0, 4
+    optimizer = kind(layer.parameters(), lr=0.1, weight_decay=0.01)
+    twin = torch.nn.Parameter(layer.w_in.detach()[1].clone())
+    awake = SeedState(Stage.FINE_TUNING, tuple(BLUEPRINTS).index("mlp_gelu"))
+    generator = torch.Generator().manual_seed(0)
+    for seed, steps in ((0, 7), (1, 6)):
+        states = layer.states()
+        states[seed] = awake
+        layer.write_states(states)
+        layer.initialise({seed: generator}, outgoing=True)
+        if seed == 1:
+            with torch.no_grad():
+                twin.copy_(layer.w_in[1])
+            alone = kind([twin], lr=0.1, weight_decay=0.01)
+        for step in range(steps):
+            for param in layer.pool():
+                param.grad = torch.randn(param.shape, generator=generator)
+            if seed == 1:
+                # decoupled decay keeps the rate of all
+                before = twin.detach() * (1 - 0.1 * 0.01 * (kind is torch.optim.AdamW))
+                twin.grad = layer.w_in.grad[1].clone()
+                alone.step()
+                with torch.no_grad():
+                    twin.copy_(before + (twin - before) * max(1.0, 3 - step / 2))
+            optimizer.step()
+    torch.testing.assert_close(layer.w_in.detach()[1], twin.detach(), rtol=1e-4, atol=1e-5)

@@ -259,3 +259,18 @@ def test_the_gradient_of_new_seeds_is_compared_with_the_hosts(data):
     expected = seed.square().mean().sqrt() / host.square().mean().sqrt()
     assert site.grad_ratio[0] == pytest.approx(float(expected), rel=1e-5)
     assert all(map(math.isnan, site.grad_ratio[1:]))
+
+
+@pytest.mark.parametrize("how", ["random", "matched", "gradmax", "tiny", "net2net"])
+def test_the_output_is_the_same_bit_for_bit_when_a_seed_is_inserted(data, how):
+    """Whatever its incoming weights are, and also with alpha at 1 at once."""
+    model, lattice = make(MATCHED.model_copy(update={"initialisation": how}))
+    before = model.eval()(data[0])
+    lattice.report(1.0, measure=loss_of(model, data))
+    (name,) = lattice.attached
+    lattice.apply([Germinate(name, 0, "mlp_relu"), Promote(name, 0), Advance(name, 0)])
+    layer = lattice.layer(name)
+    assert layer.w_in[0].any()
+    for alpha in (0.0, 0.5, 1.0):
+        layer.alpha[0] = alpha
+        assert torch.equal(model.eval()(data[0]), before)
