@@ -60,5 +60,5 @@ class FrozenMlp(Mlp):
 
 def _shifted(data: TaskData, shift: Callable[[Tensor], Tensor]) -> TaskData:
     """All three splits with their inputs `[N, inputs]` shifted."""
-    splits = {name: getattr(data, name) for name in ("train", "held_out", "test")}
-    return replace(data, **{name: (shift(x), y) for name, (x, y) in splits.items()})
+    train, held_out, test = ((shift(x), y) for x, y in (data.train, data.held_out, data.test))
+    return replace(data, train=train, held_out=held_out, test=test)
