@@ -16,11 +16,10 @@ it again. Means are over pairs of random seeds; FLOPs and seconds of training in
 took. Every sweep's file says what its arms are, and on which seeds its settings were chosen. In
 sweeps of commits before 61de9e8, the FLOPs of choosing matched units are missing (docs/log.md,
 2026-11-23). `ab_gpt_growth` ran on two H200 with ten trials on each, `ab_mnist1d` on that machine's
-32 cores (Python 3.12, torch 2.11); `ab_size_spirals` and `ab_geometries` ran on 5 cores of another machine (Intel Xeon,
-Python 3.12, torch 2.11) from an archive without its history: their commit was entered by the hash of the code in their
-records. All others ran on two cores (Python 3.11, torch 2.13), `ab_size_moons` and `ab_size_digits` beside other work;
-seconds are
-comparable within a sweep only.
+32 cores (Python 3.12, torch 2.11). `ab_size_spirals` and `ab_geometries` ran on 5 cores of another
+machine (Intel Xeon, Python 3.12, torch 2.11), from an archive without its history: their commit was
+entered by the hash of the code in their records. All others ran on two cores (Python 3.11, torch
+2.13), those of 2026-11-29 beside other work; seconds are at best comparable within a sweep only.
 """
 COLUMNS = ("arm", "mean", "sd", "worst", "parameters", "steps", "training MFLOP", "seconds")
 

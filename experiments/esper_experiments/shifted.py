@@ -1,17 +1,18 @@
-"""A frozen MLP that meets shifted data: MNIST-1D with its signals reversed in time.
+"""A frozen MLP that meets shifted data: signals reversed in time, images turned by a quarter.
 
-A run names this module under `plugins`; the standing experiment is
-`configs/sweeps/ab_adapt_mnist1d.yaml`.
+A run names this module under `plugins`; the standing experiments are
+`configs/sweeps/ab_adapt_mnist1d.yaml` and `configs/sweeps/ab_adapt_digits.yaml`.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from esper.training.hosts import HOSTS, Mlp
-from esper.training.tasks import TASKS, Mnist1d, Split, TaskData
+from esper.training.tasks import TASKS, Digits, Mnist1d, TaskData
 from esper_experiments.text.adapters import Adapter, add_adapter
 from esper_experiments.text.gpt import load_weights
 
@@ -22,11 +23,18 @@ class ReversedMnist1d(Mnist1d):
 
     def load(self, seed: int) -> TaskData:
         """The samples and splits of `mnist1d`."""
-        data = super().load(seed)
-        return replace(
-            data, train=_reversed(data.train), held_out=_reversed(data.held_out),
-            test=_reversed(data.test),
-        )  # fmt: skip
+        return _shifted(super().load(seed), lambda x: x.flip(1))
+
+
+@TASKS.register("rotated_digits")
+class RotatedDigits(Digits):
+    """The 8 x 8 digits, turned by 90 degrees."""
+
+    def load(self, seed: int) -> TaskData:
+        """The images and splits of `digits`."""
+        return _shifted(
+            super().load(seed), lambda x: x.unflatten(1, (8, 8)).rot90(dims=(1, 2)).flatten(1)
+        )
 
 
 @HOSTS.register("frozen_mlp")
@@ -50,6 +58,7 @@ class FrozenMlp(Mlp):
         return model
 
 
-def _reversed(split: Split) -> Split:
-    x, y = split
-    return x.flip(1), y
+def _shifted(data: TaskData, shift: Callable[[Tensor], Tensor]) -> TaskData:
+    """All three splits with their inputs `[N, inputs]` shifted."""
+    train, held_out, test = ((shift(x), y) for x, y in (data.train, data.held_out, data.test))
+    return replace(data, train=train, held_out=held_out, test=test)

@@ -7,9 +7,9 @@ from esper.config.run import RunConfig
 from esper.environment import fingerprint
 from esper.evidence.records import Fingerprint
 from esper.surgery.files import save
-from esper.training.tasks import Mnist1d
+from esper.training.tasks import Digits, Mnist1d
 from esper.trial import Trial, TrialSpec
-from esper_experiments.shifted import FrozenMlp, ReversedMnist1d
+from esper_experiments.shifted import FrozenMlp, ReversedMnist1d, RotatedDigits
 
 HOST = {"hidden": [8], "bias": False}
 
@@ -41,6 +41,16 @@ def test_the_signals_are_reversed_and_nothing_else():
     for a, b in ((plain.train, turned.train), (plain.held_out, turned.held_out),
                  (plain.test, turned.test)):  # fmt: skip
         assert torch.equal(a[0], b[0].flip(1))
+        assert torch.equal(a[1], b[1])
+
+
+def test_the_images_are_turned_by_a_quarter_and_nothing_else():
+    plain, turned = Digits(data_seed=42).load(0), RotatedDigits(data_seed=42).load(0)
+    for a, b in ((plain.train, turned.train), (plain.held_out, turned.held_out),
+                 (plain.test, turned.test)):  # fmt: skip
+        image, shifted = (x[0].view(8, 8) for x, _ in (a, b))
+        assert all(shifted[7 - j, i] == image[i, j] for i in range(8) for j in range(8))
+        assert torch.equal(a[0].sum(1), b[0].sum(1))
         assert torch.equal(a[1], b[1])
 
 

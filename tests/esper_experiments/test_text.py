@@ -172,6 +172,8 @@ class TestHost:
             ({"frozen": True, "adapter": {"kind": "adalora", "rank": 2}}, "total_steps must be"),
             ({"frozen": True, "adapter": {"kind": "lora", "rank": 2, "total_steps": 9}},
              "total_steps must be"),
+            ({"frozen": True, "adapter": {"kind": "adalora", "rank": 2, "total_steps": 9,
+                                          "bias": True}}, "bias must be false for kind 'adalora'"),
         ],
     )  # fmt: skip
     def test_options_that_do_not_fit_are_refused(self, options, message):
@@ -237,6 +239,15 @@ class TestAdapters:
         frozen = [p for n, p in kept.items() if "ranknum" not in n]
         for before, after in zip(original.parameters(), frozen, strict=True):
             assert torch.equal(before, after)
+
+    def test_lora_may_add_a_bias_to_each_map(self, data, pretrained):
+        pytest.importorskip("peft")
+        adapter = {"kind": "lora", "rank": 2, "bias": True}
+        model = CharGpt(**SIZES, pretrained=pretrained[0], frozen=True, adapter=adapter).build(data)
+        biases = {n: p for n, p in model.named_parameters() if n.endswith("lora_B.default.bias")}
+        # the outputs of qkv, out, fc1 and fc2 of both layers
+        assert sum(p.numel() for p in biases.values()) == 2 * (48 + 16 + 64 + 16)
+        assert all(p.requires_grad for p in biases.values())
 
     def test_adalora_ends_with_the_ranks_that_were_asked_for(self, pretrained):
         pytest.importorskip("peft")

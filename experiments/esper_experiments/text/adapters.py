@@ -9,6 +9,7 @@ Source: Hu et al., "LoRA", ICLR 2022; Zhang et al., "AdaLoRA", ICLR 2023.
 """
 
 import math
+import warnings
 import weakref
 from importlib import import_module
 from typing import Any, Literal
@@ -38,6 +39,7 @@ class Adapter(Config):
     targets: tuple[str, ...] = Field(
         ("qkv", "out", "fc1", "fc2"), min_length=1, description="Last names of the maps."
     )
+    bias: bool = Field(False, description="LoRA: whether it adds a bias to each map as well.")
     total_steps: PositiveInt | None = Field(
         None, description="AdaLoRA: steps of the whole run, which its schedule needs."
     )
@@ -49,6 +51,8 @@ class Adapter(Config):
                 "total_steps must be given for kind 'adalora' and for no other, but got "
                 f"{self.total_steps} for '{self.kind}'; set it to train.steps."
             )
+        if self.bias and self.kind != "lora":
+            raise ValueError(f"bias must be false for kind '{self.kind}', but is true.")
         return self
 
 
@@ -69,7 +73,11 @@ def add_adapter(model: nn.Module, adapter: Adapter) -> None:
     shared = {"target_modules": list(adapter.targets), "lora_dropout": 0.0}
     if adapter.kind == "lora":
         rank, alpha = adapter.rank, adapter.scale * adapter.rank
-        peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha, **shared), model)
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_bias=adapter.bias, **shared)
+        with warnings.catch_warnings():
+            # that a bias cannot be merged into a map without one; nothing is merged here
+            warnings.filterwarnings("ignore", message=".*lora_bias=True")
+            peft.inject_adapter_in_model(config, model)
         return
     assert adapter.total_steps is not None
     start = math.ceil(START_RATIO * adapter.rank)

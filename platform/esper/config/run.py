@@ -65,6 +65,9 @@ class SiteConfig(Config):
         None, description="Channels of the site's output, where its type does not tell."
     )
     channel_axis: int | None = Field(None, description="Axis of the channels, where not told.")
+    biased: bool | None = Field(
+        None, description="Whether units of a span have a bias; None: as the span's first module."
+    )
 
 
 class TrainConfig(Config):

@@ -6,7 +6,7 @@ Of many candidate units those are taken, one after the other, whose activations 
 rest, each freed of what those before it explain: orthogonal matching pursuit (Pati et al., 1993)
 over hidden units, the candidates' version of cascade correlation (Fahlman and Lebiere, 1990).
 Unlike closed forms over the moments of x and v it knows the function of the units, biases and dead
-units included.
+units included. Where units are linear there is nothing to know, and the best ones have such a form.
 
 Shapes: T = rows, S = seeds, C = channels that a seed reads, O = channels that it writes,
 K = candidates, B = features that the host's present parameters weigh.
@@ -18,6 +18,8 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+
+from esper_kernels import PHI, Phi
 
 Function = Callable[[Tensor], Tensor]
 
@@ -67,6 +69,8 @@ class Rows:
     @cached_property
     def basis(self) -> Tensor:
         """Orthonormal features that span what `known` can express, `[T, at most B]`."""
+        if not self.known.shape[1]:
+            return self.known
         left, sizes, _ = torch.linalg.svd(self.known, full_matrices=False)
         # a direction that hardly varies would take a weight out of all proportion
         kept: Tensor = left[:, sizes > CUT_FRAC * sizes.max()]
@@ -107,6 +111,8 @@ def span_units(
         biased: Whether units have a bias.
         candidates: How many are drawn.
     """
+    if phi is PHI[Phi.IDENTITY]:
+        return _linear_units(rows, count, generator)
     wanted = rows.unexplained(rows.wanted)
     # where a linear unit would look: the moments of what is read and what is wanted
     moment = (rows.source - rows.source.mean(0)).T @ wanted
@@ -119,6 +125,35 @@ def span_units(
     hidden = phi(rows.source @ w[0].T + b[0])
     chosen, gain = pursue(hidden[None], wanted[None], rows.basis, count)
     return Units(w[:, chosen[0]].transpose(1, 2), b[:, chosen[0]], gain)
+
+
+def _linear_units(rows: Rows, count: int, generator: torch.Generator) -> Units:
+    """The linear units that together explain most of what is wanted, best first; biases begin at 0.
+
+    In the whitened source they are the leading singular vectors of its moment with what is wanted,
+    and the squares of its singular values are what each explains. Beyond the rank of that moment
+    nothing is left to explain, and units are drawn.
+    """
+    source, wanted = rows.unexplained(rows.source).double(), rows.unexplained(rows.wanted).double()
+    white = _whitening(source)
+    left, sizes, _ = torch.linalg.svd(white @ (source.T @ wanted), full_matrices=False)
+    kept = min(count, len(sizes))
+    drawn = torch.randn(source.shape[1], count - kept, generator=generator).to(source)
+    w = torch.cat([white @ left[:, :kept], drawn], 1)
+    w = WEIGHT_NORM * w / w.norm(dim=0).clamp(min=1e-30)
+    gain = torch.cat([sizes[:kept].square() / len(source), sizes.new_zeros(count - kept)])
+    return Units(
+        w[None].to(rows.source), torch.zeros_like(gain)[None].to(rows.source),
+        gain[None].to(rows.source),
+    )  # fmt: skip
+
+
+def _whitening(source: Tensor) -> Tensor:
+    """The inverse square root of the source's second moments over all rows, `[I, I]`."""
+    values, vectors = torch.linalg.eigh(source.T @ source)
+    ridge = RIDGE_FRAC * values.mean().clamp(min=1e-30)
+    white: Tensor = (vectors / (values.clamp(min=0) + ridge).sqrt()) @ vectors.T
+    return white
 
 
 def linear_unit(rows: Rows, *, tiny: bool) -> tuple[Units, Rows]:
@@ -137,9 +172,7 @@ def linear_unit(rows: Rows, *, tiny: bool) -> tuple[Units, Rows]:
     moment = rows.source.T @ wanted
     whitening = torch.eye(len(moment), device=moment.device)
     if tiny:
-        values, vectors = torch.linalg.eigh(rows.source.T @ rows.source)
-        ridge = RIDGE_FRAC * values.mean().clamp(min=1e-30)
-        whitening = (vectors / (values.clamp(min=0) + ridge).sqrt()) @ vectors.T
+        whitening = _whitening(rows.source)
     left, sizes, _ = torch.linalg.svd(whitening @ moment, full_matrices=False)
     w = whitening @ left[:, :1]
     w = WEIGHT_NORM * w / w.norm().clamp(min=1e-30)

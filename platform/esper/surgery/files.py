@@ -16,7 +16,7 @@ from esper.seeds.local_rows import placed_as, whole
 from esper.seeds.state import BLUEPRINT, GRAFT
 from esper.surgery.checkpoint_folder import CheckpointError, read_checkpoint, write_checkpoint
 from esper.surgery.growth_log import pack_log, unpack_log
-from esper.surgery.lattice import Lattice, attach, lattice_of
+from esper.surgery.lattice import Attached, Lattice, attach, biased_as_host, lattice_of
 
 
 def save(
@@ -142,7 +142,7 @@ def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _describe(lattice: Lattice) -> dict[str, Any]:
     return {
-        "sites": [_describe_site(name, a.layer) for name, a in lattice.attached.items()],
+        "sites": _describe_sites(lattice),
         "steps": [a.layer.steps for a in lattice.attached.values()],
         "blueprints": list(BLUEPRINTS),
         "grafts": list(GRAFTS),
@@ -155,7 +155,13 @@ def _describe(lattice: Lattice) -> dict[str, Any]:
     }
 
 
-def _describe_site(name: str, layer: KasminaLayer) -> dict[str, Any]:
+def _describe_sites(lattice: Lattice) -> list[dict[str, Any]]:
+    return [_describe_site(lattice.model, name, a) for name, a in lattice.attached.items()]
+
+
+def _describe_site(model: nn.Module, name: str, attached: Attached) -> dict[str, Any]:
+    layer = attached.layer
+    usual = biased_as_host(model, attached.site.first, layer.geometry)
     return {
         "name": name,
         "seeds_per_layer": layer.num_seeds,
@@ -163,6 +169,8 @@ def _describe_site(name: str, layer: KasminaLayer) -> dict[str, Any]:
         "hidden": layer.hidden if layer.geometry == "chunk" else None,
         "channels": layer.channels,
         "channel_axis": layer.channel_axis,
+        # only where it was asked for: older files have no such line
+        **({} if layer.biased == usual else {"biased": layer.biased}),
     }
 
 
@@ -197,7 +205,7 @@ def _require_fit(
     path: str | Path, model: nn.Module, lattice: Lattice,
     saved: dict[str, Tensor], lattice_saved: dict[str, Any],
 ) -> None:  # fmt: skip
-    sites = [_describe_site(name, a.layer) for name, a in lattice.attached.items()]
+    sites = _describe_sites(lattice)
     if sites != lattice_saved["sites"]:
         raise CheckpointError(
             f"{path} must hold the model's own sites {[s['name'] for s in sites]}, but has "

@@ -581,6 +581,7 @@ def attach(
     hidden: int | None = None,
     channels: int | None = None,
     channel_axis: int | None = None,
+    biased: bool | None = None,
     growth: GrowthConfig | None = None,
     seed: int | None = None,
 ) -> Lattice:
@@ -597,6 +598,7 @@ def attach(
         hidden: Hidden units of a chunk seed; None: the chunk's width, at least 2.
         channels: Channels of the site's output, where its type does not tell.
         channel_axis: Axis of the channels; None: known from the type, else the last.
+        biased: Whether units of a span have a bias; None: as the span's first module.
         growth: Times, thresholds and limits; None leaves them as they are.
         seed: Seed of the lattice's random draws; None leaves it as it is (0 at first).
 
@@ -618,7 +620,9 @@ def attach(
                 f"'{name}'; use 'mlp_relu' or 'low_rank'."
             )
     layers = [
-        _make_layer(model, site, lattice, seeds_per_layer, geometry, hidden, channels, channel_axis)
+        _make_layer(
+            model, site, lattice, seeds_per_layer, geometry, hidden, channels, channel_axis, biased
+        )
         for site in found
     ]
     # everything fits: only now is the model touched
@@ -637,6 +641,11 @@ def lattice_of(model: nn.Module) -> Lattice | None:
     return handle if isinstance(handle, Lattice) else None
 
 
+def biased_as_host(model: nn.Module, first: str, geometry: str) -> bool:
+    """Whether units have a bias if nobody says so: those of a span are made as the host's own."""
+    return geometry == "chunk" or getattr(model.get_submodule(first), "bias", True) is not None
+
+
 def _awake(layer: KasminaLayer) -> Tensor:
     """Mask of the awake seeds, `[S]`."""
     stages = layer.state[:, STAGE]
@@ -645,7 +654,7 @@ def _awake(layer: KasminaLayer) -> Tensor:
 
 def _make_layer(
     model: nn.Module, site: Site, lattice: Lattice, num_seeds: int, geometry: Geometry,
-    hidden: int | None, channels: int | None, channel_axis: int | None,
+    hidden: int | None, channels: int | None, channel_axis: int | None, biased: bool | None,
 ) -> KasminaLayer:  # fmt: skip
     if site.name in lattice.attached:
         raise ValueError(
@@ -672,14 +681,16 @@ def _make_layer(
             f"sites must be spans that begin at a Linear, Conv or norm module, "
             f"but '{site.first}' is a {kind}; begin the span one module later or earlier."
         )
-    # a unit is made as the host's own are: where a span's first module has no bias, it has none
-    first = model.get_submodule(site.first)
-    biased = geometry == "chunk" or getattr(first, "bias", True) is not None
+    if biased is not None and geometry == "chunk":
+        raise ValueError(
+            f"biased must be left out for a chunk site, whose units have one, but got {biased}."
+        )
     tensor = next(last.parameters(), next(model.parameters(), torch.zeros(())))
     layer = KasminaLayer(
         channels or width, num_seeds, geometry=geometry, hidden=hidden, in_features=inputs,
         channel_axis=axis if channel_axis is None else channel_axis,
-        biased=biased, dtype=tensor.dtype, device=tensor.device,
+        biased=biased_as_host(model, site.first, geometry) if biased is None else biased,
+        dtype=tensor.dtype, device=tensor.device,
     )  # fmt: skip
     return layer.train(last.training)
 

@@ -107,9 +107,10 @@ def _rows(a: "Attached", last: nn.Module, noted: dict[str, Tensor], gradient: Te
     read = output if layer.geometry == "chunk" else layer.rows(noted["source"])
     source = layer.all_channels(read[at]) if layer.geometry == "chunk" else read[at]
     source = source.float()
-    known = [torch.ones(len(at), 1, device=source.device)]
     inputs = noted.get("inputs")
     trains = any(p.requires_grad for p in last.parameters(recurse=False))
+    # a frozen module cannot even shift its output
+    known = [torch.ones(len(at), int(trains), device=source.device)]
     if trains and inputs is not None:
         flat = layer.rows(inputs)
         # a convolution's outputs see several of its inputs: only its bias is known then

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from esper.seeds.matching import Rows, chunk_units, linear_unit, pursue, span_units, without
+from esper_kernels import PHI, Phi
 
 NOTHING = torch.empty(600, 0)
 
@@ -72,6 +73,26 @@ def test_a_matched_unit_explains_more_than_a_drawn_one(source):
     share = torch.tensor(drawn) / rows.unexplained(wanted).square().sum(1).mean()
     assert best > 0.85
     assert best > share.max()
+
+
+def test_linear_units_are_the_best_there_are(source):
+    # inputs that differ in scale and hang together, as those of real layers do
+    source = source @ torch.randn(6, 6, generator=draw(5))
+    wanted = source @ torch.randn(6, 4, generator=draw(6)) + torch.randn(600, 4, generator=draw(7))
+    units = span_units(rows_of(source, wanted), PHI[Phi.IDENTITY], 6, draw())
+    features = torch.cat([torch.ones(600, 1), source], 1).double()
+    fitted = features @ torch.linalg.lstsq(features, wanted.double()).solution
+    # of all maps of rank n, the leading parts of the fitted change explain most
+    best = torch.linalg.svdvals(fitted - fitted.mean(0)).square() / 600
+    torch.testing.assert_close(units.gain[0, :4].double(), best[:4], rtol=0.01, atol=0)
+    assert (units.gain[0, 4:] == 0).all()
+    assert (units.bias == 0).all()
+    # each really explains what is said, beyond those before it
+    hidden = (source @ units.w_in[0] + units.bias[0])[None, :, :4]
+    rows = rows_of(source, wanted)
+    explained = pursue(rows.unexplained(hidden[0])[None], rows.unexplained(wanted)[None],
+                       rows.basis, 4)[1].sum()  # fmt: skip
+    torch.testing.assert_close(explained, units.gain.sum(), rtol=0.01, atol=0)
 
 
 def test_the_next_unit_looks_for_what_is_left(source):

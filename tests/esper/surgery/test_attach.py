@@ -292,6 +292,19 @@ def test_a_chunk_site_and_a_span_on_one_module():
     torch.testing.assert_close(model(x), z)
 
 
+@pytest.mark.parametrize(("biased", "parameters"), [(None, 14), (True, 15)])
+def test_units_have_a_bias_if_the_host_has_one_or_they_are_given_one(biased, parameters):
+    model = nn.Sequential(nn.Linear(6, 8, bias=False))
+    lattice = attach(model, "0", 3, geometry="span", biased=biased)
+    lattice.plant("0->0", 1, "low_rank")
+    assert lattice.count_parameters() == 48 + parameters
+    span, x = lattice.layer("0->0"), torch.randn(5, 6)
+    z = x @ model[0].weight.T + (x @ span.w_in[1] + span.bias[1])[:, None] * span.w_out[1]
+    torch.testing.assert_close(model(x), z)
+    model(x).square().sum().backward()
+    assert (span.bias.grad is not None) is (biased is True)
+
+
 @pytest.mark.parametrize("case", ["linear", "conv2d"])
 def test_the_only_seed_of_a_site_is_trained_through_an_inplace_activation(case):
     model, twin, x, options = make(case)
@@ -334,6 +347,7 @@ WRONG = {
         {"sites": "0", "geometry": "span", "hidden": 3},
         "hidden must be left out for a span",
     ),
+    "chunk_biased": ({"sites": "0", "biased": False}, "biased must be left out for a chunk"),
     "list": ({"sites": "2", "channels": 8}, "compute something, but '2' is a ModuleList"),
     "empty": ({"sites": "5", "channels": 8}, "compute something, but '5' is an empty Sequential"),
 }

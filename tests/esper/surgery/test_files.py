@@ -151,6 +151,25 @@ def test_a_checkpoint_is_loaded_into_a_lattice_that_is_there(tmp_path):
     assert run(model, lattice, optimizer, 8) == run(*unbroken, 8)
 
 
+def test_a_site_whose_units_have_a_bias_of_their_own_is_rebuilt_as_it_was(tmp_path):
+    def plain():
+        return nn.Sequential(nn.Linear(6, 8, bias=False))
+
+    model = plain()
+    lattice = attach(model, "0", 3, geometry="span", biased=True)
+    lattice.plant("0->0", 1, "low_rank")
+    save(tmp_path, model, lattice)
+    other = plain()
+    again = load(tmp_path, other)
+    assert again.layer("0->0").biased
+    assert again.count_parameters() == lattice.count_parameters()
+    x = torch.randn(4, 6)
+    assert torch.equal(other(x), model(x))
+    attach(usual := plain(), "0", 3, geometry="span")
+    with pytest.raises(CheckpointError, match="or with other sizes"):
+        load(tmp_path, usual)
+
+
 def test_a_host_without_a_lattice_is_saved_too(tmp_path):
     from esper.surgery.lattice import Lattice
 

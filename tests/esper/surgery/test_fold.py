@@ -142,15 +142,16 @@ def test_a_folded_site_keeps_the_signature_of_the_site():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("bias", [True, False])
-def test_rank_one_seeds_go_into_the_weight(dtype, bias):
+@pytest.mark.parametrize(("bias", "biased"), [(True, None), (False, None), (False, True)])
+def test_rank_one_seeds_go_into_the_weight(dtype, bias, biased):
     torch.manual_seed(0)
     model = mlp(bias=bias).to(dtype)
-    lattice = attach(model, "fc2", 5, geometry="span")
+    lattice = attach(model, "fc2", 5, geometry="span", biased=biased)
     grow(lattice, "fc2->fc2", ["low_rank"] * 3 + ["noop"])
     kinds = [type(m) for m in nn.Sequential(*mlp()).modules()]
     folded, extra = check_fold(lattice, torch.randn(5, 6, dtype=dtype), dtype=dtype)
-    assert extra == 0
+    # the map gets the bias that it lacked
+    assert extra == (folded.fc2.out_features if biased else 0)
     assert [type(m) for m in folded.modules()] == kinds
 
 
