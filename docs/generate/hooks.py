@@ -1,6 +1,6 @@
 """What MkDocs does not do by itself: pages made from the code, patterns in the nav, the README.
 
-Pages of the repository link to each other as GitHub resolves them. The README and the changelog lie
+Pages of the repository link to each other as GitHub resolves them. The README and its like lie
 outside `docs/`, so that links to them are turned to the pages which this module makes of them.
 """
 
@@ -15,7 +15,12 @@ import pages
 from properdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-OUTSIDE = {"README.md": "overview.md", "CHANGELOG.md": "changelog.md"}
+OUTSIDE = {
+    "README.md": "overview.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "vulnerabilities.md",
+}
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -42,6 +47,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 def inside(markdown: str) -> str:
     """A page of the repository's root, with its links as seen from `docs/`."""
     markdown = markdown.replace("](docs/results)", "](results/README.md)")
+    for source, page in OUTSIDE.items():
+        markdown = markdown.replace(f"]({source}", f"]({page}")
     return re.sub(r"\]\(docs/", "](", markdown)
 
 

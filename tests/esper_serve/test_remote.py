@@ -266,15 +266,17 @@ def test_growth_that_has_stopped_there_is_not_measured_for_here(server):
     given = {"policy": None, "local": {"name": "tamiyo"}}
     service = server.service
     remote = options(server, **given).build(0)
-    reports = list(random_reports(0))
-    remote.decide(reports[0])
-    assert remote.may_grow(2)
+    # no seed is under way, or no wave could begin whoever says so
+    idle = next(r for r in random_reports(0) if not any(site.stage.any() for site in r.sites))
+    for interval in (1, 2):
+        remote.decide(dataclasses.replace(idle, interval=interval))
+    assert remote.may_grow(3)
     service.app.state.policies.versions["heuristic-1"] = TamiyoOptions(last_interval=2)
     try:
-        remote.decide(reports[1])
+        assert remote.decide(dataclasses.replace(idle, interval=3)) == []
     finally:
         service.app.state.policies.versions["heuristic-1"] = TamiyoOptions()
-    assert not remote.may_grow(3)
+    assert not remote.may_grow(4)
 
 
 CONFIG = {

@@ -142,7 +142,8 @@ def test_it_wants_a_token_from_a_secret(file):
 def test_ray_and_image_are_the_tested_versions(file):
     assert cluster_of(file)["rayVersion"] == PINS["ray"]
     assert Version(PINS["ray"]) >= Version("2.53"), "the probes' path is new in 2.53"
-    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    source = (ROOT / "platform" / "esper" / "__init__.py").read_text()
+    version = re.search(r'^__version__ = "(.+)"', source, re.MULTILINE)
     images = {container["image"] for container in containers_of(file)}
     assert version is not None
     assert images == {f"REGISTRY/esper:{version[1]}"}

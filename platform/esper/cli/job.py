@@ -16,7 +16,6 @@ from pathlib import Path
 from socket import gethostname
 
 from esper.environment import code_hash, versions
-from esper.surgery.checkpoint_place import place_of
 
 SERVER_ADVICE = """\
 A server that the cluster reaches (docs/cluster.md says where it keeps what):
@@ -157,6 +156,9 @@ def _run_command(given: argparse.Namespace, folder: Path, uri: str) -> list[str]
     named.add_argument("--checkpoint", default=str(folder))
     found, rest = named.parse_known_args(given.rest)
     where = found.checkpoint
+    # a cluster without the libraries is told so before this is imported
+    from esper.surgery.checkpoint_place import place_of
+
     if not place_of(where).names():
         print(f"checkpoints in {where}", flush=True)
         return ["run", str(given.config), "--checkpoint", where, *common, *rest]

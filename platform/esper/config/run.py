@@ -191,7 +191,9 @@ class GrowthConfig(Config):
         1.0, description="Factor on the learning rate of a seed at its first step; it comes to 1 "
         "over young_steps steps of its own. Adam and AdamW only.",
     )  # fmt: skip
-    young_steps: PositiveInt = 100
+    young_steps: PositiveInt = Field(
+        100, description="Steps of its own after which a seed learns at the common rate."
+    )
     max_failures: PositiveInt = Field(
         8, description="Culls in a row after which the shield refuses to germinate."
     )
