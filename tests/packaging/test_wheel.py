@@ -8,6 +8,7 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import yaml
 
 import esper
 
@@ -60,6 +61,22 @@ def test_an_installed_wheel_works(venv, tmp_path, inside):
         assert Path(file).is_relative_to(venv.packages), f"{name} comes from {file}"
     usage = venv.run("esper", "--help", cwd=cwd).stdout
     assert "doctor" in usage
+
+
+def test_an_installed_wheel_runs_the_demo_from_its_own_configurations(venv, tmp_path):
+    """The spirals of `make demo`, made short; no checkout is at hand."""
+    demo = venv.folder / "share" / "esper-morphogenetic" / "configs" / "sweeps" / "ab_spirals.yaml"
+    short = yaml.safe_load(demo.read_text())
+    short["run"]["train"].update(steps=600, interval_steps=50)
+    short["run"]["growth"].update(ramp_steps=50, fine_tuning_intervals=3)
+    short["arms"]["schedule"]["controller"]["options"].update(at_intervals=[2, 4])
+    short["arms"]["esper"]["controller"]["options"].update(last_interval=4)
+    short["pairs"] = 6
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(short))
+    done = venv.run("esper", "ab", "demo.yaml", "--json", "verdict.json", cwd=tmp_path)
+    assert "esper against host" in done.stdout
+    assert json.loads((tmp_path / "verdict.json").read_text())["verdict"]
+    assert (tmp_path / "mlflow.db").exists()
 
 
 def test_the_source_archive_holds_the_repository_and_builds_the_same_wheel(venv, wheel, tmp_path):
