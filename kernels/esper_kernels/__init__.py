@@ -7,13 +7,8 @@ operator of `esper_kernels.library`; the plain PyTorch implementation in
 
 from esper_kernels import flops as _flops  # noqa: F401 (tells torch's counter what seeds cost)
 from esper_kernels.phi import PHI, Phi, register_phi
-from esper_kernels.seeds import (
-    chunk_seeds,
-    column_statistics,
-    gradient_energy,
-    probe_size,
-    span_seeds,
-)
+from esper_kernels.probe import probe_size
+from esper_kernels.seeds import chunk_seeds, column_statistics, gradient_energy, span_seeds
 
 __all__ = [
     "PHI",

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from esper_kernels import library as _library  # noqa: F401 (defines the operators)
-from esper_kernels.reference.backward import ISOLATED
+from esper_kernels.learning import ISOLATED
 
 
 def _count(mask_S: Tensor) -> int:

@@ -2,10 +2,7 @@
 
 An operator is opaque to `torch.compile`, so that a model with a lattice stays one graph, and
 which seeds are awake is data. Nothing is mutated: what a pass measures arrives as the gradient
-of `probe`, which autograd adds up like any other. Its layout, for D channels and S seeds:
-
-    sum [D] | sum of squares [D] | dead [D] | gradient energy [D] | explained share [S]
-    | rows observed | gradient passes observed | isolated passes
+of `probe` (`esper_kernels.probe`).
 
 Registered by hand rather than by `torch.library.custom_op`, whose wrappers cost more host time
 than the kernels take.
@@ -25,12 +22,12 @@ from torch._C import _AutoDispatchBelowAutograd
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from esper_kernels.learning import ISOLATED, RECONSTRUCTION
+from esper_kernels.probe import probe_size
 from esper_kernels.reference import backward as reference_backward
 from esper_kernels.reference import chunk as reference_chunk
 from esper_kernels.reference import span as reference_span
 from esper_kernels.reference import statistics as reference_statistics
-from esper_kernels.reference.backward import ISOLATED
-from esper_kernels.reference.isolated import OBJECTIVES
 from esper_kernels.support import fits_a_tile
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -53,11 +50,6 @@ _SCHEMAS = (
 _library = torch.library.Library("esper", "FRAGMENT")
 for _schema in _SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-
-def probe_size(channels: int, num_seeds: int) -> int:
-    """Length of the `probe` of a site."""
-    return 4 * channels + num_seeds + 3
 
 
 def use_triton(x: Tensor, weights: Tensor, plain: bool) -> bool:
@@ -164,18 +156,17 @@ def _span_forward(
     x: Tensor, z: Tensor, w_in: Tensor, b: Tensor, w_out: Tensor, alpha: Tensor, phi: Tensor,
     learning: Tensor, probe: Tensor | None, objective: int, observe: bool, plain: bool, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    from_host = x
     if use_triton(z, w_in, plain):
         from esper_kernels.ops import span
 
         # under autocast, the span's input may be wider than its output
-        x = x.to(z.dtype)
         y, stats, kept = _launch(
-            span.forward, x, z, *_wide(w_in, b, w_out), alpha, phi, learning, observe, keep
-        )
+            span.forward, x.to(z.dtype), z, *_wide(w_in, b, w_out), alpha, phi, learning, observe,
+            keep,
+        )  # fmt: skip
         return y, stats, *(kept or _nothing_kept(z))
     with _exact(x):
-        y = reference_span.span_seeds(from_host, z, w_in, b, w_out, alpha, phi)
+        y = reference_span.span_seeds(x, z, w_in, b, w_out, alpha, phi)
         return _own(y, z), _statistics(z, observe), *_nothing_kept(z)
 
 
@@ -197,9 +188,8 @@ def _span_backward(
                 "esper::span_seeds_backward needs what esper::span_seeds kept, but got nothing; "
                 "call the forward with keep=True."
             )
-
         z_sq = stats[1].sum() if observe else torch.linalg.vector_norm(z, dtype=torch.float32) ** 2
-        reads_z = OBJECTIVES[objective] == "reconstruction"
+        reads_z = objective == RECONSTRUCTION
         dx, *grads, dalpha, grad_sq, explained = _launch(
             span.backward, dy, x.to(dy.dtype), z if reads_z else z.new_empty(0), z_sq,
             *_wide(w_in, b, w_out), alpha, phi, hidden, kept_w_in, kept_w_out, norm_sq, table,
@@ -295,7 +285,7 @@ class _SpanSeeds(Function):
         with _AutoDispatchBelowAutograd():
             y, *more = torch.ops.esper.span_seeds.default(*tensors, probe, *options)
         z, w_in = tensors[1:3]
-        known = ctx.observe and OBJECTIVES[ctx.objective] != "reconstruction"
+        known = ctx.observe and ctx.objective != RECONSTRUCTION
         if known and use_triton(z, w_in, ctx.plain):
             # the statistics hold all that the kernels need to know of z
             tensors[1] = z.new_empty(0)

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from esper_kernels import library
+from esper_kernels.learning import OBJECTIVES, Objective
 from esper_kernels.phi import FIRST_CUSTOM
+from esper_kernels.probe import probe_size
 from esper_kernels.reference import statistics as _statistics
-from esper_kernels.reference.isolated import OBJECTIVES, Objective
 
 __all__ = [
     "chunk_seeds",
     "column_statistics",
     "gradient_energy",
-    "probe_size",
     "span_seeds",
 ]
-
-probe_size = library.probe_size
 
 
 def chunk_seeds(
@@ -56,9 +54,10 @@ def chunk_seeds(
         phi_S: Code of each seed's function (`esper_kernels.Phi`), `[S]`, int32.
         hidden_S: Hidden units that each seed uses, `[S]`, int32; the rest have no effect.
         learning_S: What the gradient of each seed's weights is, `[S]`, int32. 0: none; 1: that
-            of the loss; 2: that of the isolated `objective`, for a seed at alpha 0. None: all 1.
+            of the loss; 2: that of the isolated `objective`, for a seed at alpha 0
+            (`esper_kernels.learning`). None: all 1.
         probe: Receives, as its gradient, what a pass measures; a leaf of shape
-            `[probe_size(D, S)]`, fp32, that requires grad. See `esper_kernels.library`.
+            `[probe_size(D, S)]`, fp32, that requires grad. See `esper_kernels.probe`.
         objective: What a seed that learns alone is to add to its chunk: 'desired_update' or
             'reconstruction'.
         observe: Whether the statistics of activations and gradients are measured for `probe`.
@@ -224,7 +223,7 @@ def _require_rows(num_seeds: int, dtype: torch.dtype | None = None, **tensors: T
 
 
 def _require_probe(probe: Tensor | None, channels: int, num_seeds: int) -> None:
-    size = library.probe_size(channels, num_seeds)
+    size = probe_size(channels, num_seeds)
     if probe is not None and (probe.shape != (size,) or probe.dtype != torch.float32):
         raise ValueError(
             f"probe must have shape ({size},) and be of torch.float32, "

@@ -20,7 +20,7 @@ def fits_a_tile(C: int, H: int, dtype: torch.dtype) -> bool:
         H: Hidden units of a seed.
         dtype: Of the activations.
     """
-    size = max(16, _power_of_2(C)) * max(16, _power_of_2(H))
+    size = max(16, power_of_2(C)) * max(16, power_of_2(H))
     return C <= MAX_CHUNK and size * (2 if dtype == torch.float32 else 1) <= MAX_TILE
 
 
@@ -39,5 +39,6 @@ def needs_plain(codes: Set[int], C: int = 1, H: int = 1) -> bool:
     return any(c >= FIRST_CUSTOM or (c in (Phi.GLU, Phi.DIAGONAL) and not fine) for c in codes)
 
 
-def _power_of_2(n: int) -> int:
+def power_of_2(n: int) -> int:
+    """The next power of two, n itself included."""
     return 1 << (n - 1).bit_length()

@@ -17,9 +17,9 @@ from esper_kernels import (
     register_phi,
     span_seeds,
 )
+from esper_kernels.learning import OBJECTIVES
 from esper_kernels.reference import chunk as reference_chunk
 from esper_kernels.reference import span as reference_span
-from esper_kernels.reference.isolated import OBJECTIVES
 
 T, S, C, H, I, O = 33, 6, 3, 4, 5, 7  # noqa: E741
 ALPHA = (0.0, 0.5, 1.0, 0.25, 0.0, 0.7)

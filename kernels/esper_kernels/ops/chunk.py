@@ -16,16 +16,14 @@ import triton
 from torch import Tensor
 
 from esper_kernels import across
+from esper_kernels.learning import RECONSTRUCTION, TARGET_FRAC
 from esper_kernels.ops.chunk_backward import backward_kernel
 from esper_kernels.ops.chunk_finish import finish_kernel
 from esper_kernels.ops.chunk_forward import forward_kernel
 from esper_kernels.ops.chunk_isolated import isolated_kernel
 from esper_kernels.ops.statistics import sum_rows
-from esper_kernels.ops.tiles import Tiling, launch_of, power_of_2, width_of, within_memory
-
-# of the size of the activations, what an isolated seed is asked to change
-TARGET_FRAC = 0.1
-
+from esper_kernels.ops.tiles import Tiling, launch_of, width_of, within_memory
+from esper_kernels.support import power_of_2
 
 # the fastest that were measured on an H200; FORWARD for chunks of at least as many channels as
 # hidden units
@@ -109,8 +107,8 @@ def backward(
         alpha_S: See `forward`.
         phi_S: See `forward`.
         hidden_S: See `forward`.
-        learning_S: What a seed learns: 0 nothing, 1 the task, 2 the isolated objective.
-        objective: Of isolated training: 0 the desired update, 1 reconstruction.
+        learning_S: What each seed learns (`esper_kernels.learning`), `[S]`, int32.
+        objective: Its place in `esper_kernels.learning.OBJECTIVES`.
         observe: Whether to gather the squares of the gradient.
 
     Returns:
@@ -138,8 +136,9 @@ def backward(
         dy_TD, x_TD, dx_TD, *weights, alpha_S, phi_S, hidden_S, *task_parts, T, D, S,
         OBSERVE=observe, **task.meta, **task.options,
     )  # fmt: skip
+    reconstruct = objective == RECONSTRUCTION
     isolated_kernel[own.grid](
-        x_TD if objective else dy_TD, x_TD, *weights, phi_S, hidden_S, learning_S,
+        x_TD if reconstruct else dy_TD, x_TD, *weights, phi_S, hidden_S, learning_S,
         *own_parts, T, D, S, **own.meta, **own.options,
     )  # fmt: skip
     # the kernel sums up what is here; what other processes have comes to it ready
@@ -155,6 +154,6 @@ def backward(
         *task_parts, *own_parts, w2_SHC, alpha_S, phi_S, learning_S, *grads, dalpha,
         grad_sq, explained, energies, T, S, D, C=C, H=H, G=seeds_at_once, BLOCK_C=power_of_2(C),
         BLOCK_H=power_of_2(H), BLOCK=block, TASK_SPLITS=task.grid[1], OWN_SPLITS=own.grid[1],
-        OBSERVE=observe, RECONSTRUCT=bool(objective), TARGET_FRAC=TARGET_FRAC, GIVEN=given,
+        OBSERVE=observe, RECONSTRUCT=reconstruct, TARGET_FRAC=TARGET_FRAC, GIVEN=given,
     )  # fmt: skip
     return dx_TD, *grads, dalpha, grad_sq, explained

@@ -9,20 +9,13 @@ import torch
 from torch import Tensor
 
 from esper_kernels import across
-from esper_kernels.ops import dense
+from esper_kernels.learning import RECONSTRUCTION
+from esper_kernels.ops.dense_gradient import weight_grad
+from esper_kernels.ops.dense_hidden import hidden_backward, hidden_forward
+from esper_kernels.ops.dense_project import isolated_residual, project
+from esper_kernels.ops.dense_tiles import Which, unit_align
 from esper_kernels.ops.statistics import column_statistics
 from esper_kernels.ops.units import Units, column_squares, finish_units, pack, plan, target_scale_of
-from esper_kernels.phi import Phi
-
-RECONSTRUCTION = 1
-# the others need two hidden units at a time (GLU) or none (DIAGONAL): plain implementation
-SUPPORTED_CODES = (Phi.ZERO, Phi.IDENTITY, Phi.RELU, Phi.GELU, Phi.SILU)
-
-
-def fits(C: int, H: int, dtype: torch.dtype) -> bool:
-    """True: every size is served."""
-    del C, H, dtype
-    return True
 
 
 def forward(
@@ -37,7 +30,7 @@ def forward(
         b1_SH: Hidden biases, `[S, H]`.
         w2_SHC: Outgoing weights, `[S, H, C]`.
         alpha_S: Blend weights, `[S]`, fp32.
-        phi_S: Codes, one of `SUPPORTED_CODES`, `[S]`, int32.
+        phi_S: Codes, `[S]`, int32; none of those that `esper_kernels.support.needs_plain` names.
         hidden_S: Hidden units each seed uses, `[S]`, int32.
         observe: Whether to sum up x.
 
@@ -47,13 +40,13 @@ def forward(
     """
     x = x_TD.contiguous()
     H = w1_SCH.shape[2]
-    align = dense.unit_align(x.dtype, H, backward=False)
+    align = unit_align(x.dtype, H, backward=False)
     units = plan(alpha_S, None, hidden_S, H, align)
     w_in, _ = pack(units, w1_SCH.transpose(1, 2), x.dtype)
     w_out, _ = pack(units, w2_SHC, x.dtype)
-    u = dense.hidden_forward(units, x, w_in, b1_SH, alpha_S, phi_S)
+    u = hidden_forward(units, x, w_in, b1_SH, alpha_S, phi_S)
     stats = column_statistics(x) if observe else alpha_S.new_empty(3, 0)
-    return dense.project(units, u, w_out, x), stats
+    return project(units, u, w_out, x), stats
 
 
 def backward(
@@ -71,8 +64,8 @@ def backward(
         alpha_S: See `forward`.
         phi_S: See `forward`.
         hidden_S: See `forward`.
-        learning_S: 0: no gradient for the weights; 1: of the task; 2: isolated. `[S]`, int32.
-        objective: 0 desired update, 1 reconstruction.
+        learning_S: What each seed learns (`esper_kernels.learning`), `[S]`, int32.
+        objective: Its place in `esper_kernels.learning.OBJECTIVES`.
         observe: Whether to sum up dy.
 
     Returns:
@@ -82,7 +75,7 @@ def backward(
     x, dy = x_TD.contiguous(), dy_TD.to(x_TD.dtype).contiguous()
     S, _, H = w1_SCH.shape
     reconstruct = objective == RECONSTRUCTION
-    units = plan(alpha_S, learning_S, hidden_S, H, dense.unit_align(x.dtype, H, backward=True))
+    units = plan(alpha_S, learning_S, hidden_S, H, unit_align(x.dtype, H, backward=True))
     w_in, _ = pack(units, w1_SCH.transpose(1, 2), x.dtype)
     w_out, norm_sq = pack(units, w2_SHC, x.dtype)
     grad_sq = column_squares(dy, units, always=observe)
@@ -93,14 +86,14 @@ def backward(
     left, left_sq = _isolated_residual(
         units, x, dy, (w_in, w_out), (b1_SH, alpha_S, phi_S), energies, reconstruct
     )
-    h = dense.hidden_forward(units, x, w_in, b1_SH, alpha_S, phi_S, dense.Which.ALL)
-    dz, partial = dense.hidden_backward(
+    h = hidden_forward(units, x, w_in, b1_SH, alpha_S, phi_S, Which.ALL)
+    dz, partial = hidden_backward(
         units, h, dy, left, w_out, alpha_S, phi_S, norm_sq, *energies, reconstruct, h
     )
     of_units = finish_units(units, partial, alpha_S, norm_sq, *energies, reconstruct)
-    dx = dense.project(units, dz, w_in, dy)
-    d_in = dense.weight_grad(units, dz, x, None, of_units.gain_in, w1_SCH.transpose(1, 2))
-    d_out = dense.weight_grad(units, h, dy, left, of_units.gain_out, w2_SHC)
+    dx = project(units, dz, w_in, dy)
+    d_in = weight_grad(units, dz, x, None, of_units.gain_in, w1_SCH.transpose(1, 2))
+    d_out = weight_grad(units, h, dy, left, of_units.gain_out, w2_SHC)
     explained = _explained(units, left_sq, energies, reconstruct)
     return (
         dx, d_in.transpose(1, 2), of_units.d_bias.view(S, H).to(b1_SH.dtype), d_out,
@@ -115,9 +108,9 @@ def _isolated_residual(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`f - t` of isolated seeds, `[T, D]`, and the sum of its squares, `[S]`."""
     w_in, w_out = packed
-    h = dense.hidden_forward(units, x, w_in, *of_seeds, dense.Which.ISOLATED)
+    h = hidden_forward(units, x, w_in, *of_seeds, Which.ISOLATED)
     source = x if reconstruct else dy
-    left, squares = dense.isolated_residual(units, h, w_out, source, *energies, reconstruct)
+    left, squares = isolated_residual(units, h, w_out, source, *energies, reconstruct)
     return left, squares.view(units.groups, -1).sum(1)
 
 

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from esper_kernels import across
-from esper_kernels.ops import dense
+from esper_kernels.learning import RECONSTRUCTION
+from esper_kernels.ops.dense_gradient import weight_grad
+from esper_kernels.ops.dense_hidden import hidden_backward, hidden_forward
+from esper_kernels.ops.dense_project import project
+from esper_kernels.ops.dense_tiles import unit_align
 from esper_kernels.ops.statistics import column_statistics
 from esper_kernels.ops.units import (
     NUM_RANGES,
@@ -22,8 +26,6 @@ from esper_kernels.ops.units import (
     plan,
     units_of_span,
 )
-
-RECONSTRUCTION = 1
 
 
 class Kept(NamedTuple):
@@ -48,7 +50,7 @@ def kept_shapes(
     T: int, I: int, O: int, S: int, dtype: torch.dtype  # noqa: E741 (the legend's names)
 ) -> tuple[tuple[int, ...], ...]:  # fmt: skip
     """Shapes of `Kept`."""
-    slots = num_slots(S, dense.unit_align(dtype, S, backward=True), mixed=True)
+    slots = num_slots(S, unit_align(dtype, S, backward=True), mixed=True)
     widths = (-(-n // 8) * 8 for n in (I, O))
     return (T, slots), *((slots, n) for n in widths), (slots,), (NUM_RANGES.value + slots + S,)
 
@@ -79,13 +81,13 @@ def forward(
     dtype = torch.promote_types(x_TI.dtype, z_TO.dtype)
     x, z = x_TI.to(dtype).contiguous(), z_TO.to(dtype).contiguous()
     # the same plan with and without `keep`: sums over units have one order
-    align = dense.unit_align(dtype, len(w_in_SI), backward=True)
+    align = unit_align(dtype, len(w_in_SI), backward=True)
     units = plan(alpha_S, learning_S, None, len(w_in_SI), align)
     w_in, _ = pack(units, w_in_SI[None], dtype)
     w_out, norm_sq = pack(units, w_out_SO[None], dtype, norm=keep)
     hidden = x.new_empty(len(x), units.row) if keep else None
-    u = dense.hidden_forward(units, x, w_in, b_S, alpha_S, phi_S, kept=hidden)
-    y = dense.project(units, u, w_out, z)
+    u = hidden_forward(units, x, w_in, b_S, alpha_S, phi_S, kept=hidden)
+    y = project(units, u, w_out, z)
     # a pass of its own reads at memory speed; in the product's epilogue it took three times that
     stats = column_statistics(z) if observe else b_S.new_empty(3, 0)
     kept = None
@@ -116,13 +118,12 @@ def backward(
         w_out_SO: See `forward`.
         alpha_S: See `forward`.
         phi_S: See `forward`.
-        hidden_TP: See `Kept`; also all up to `table`. The plan holds how the units learn, by
-            `learning_S`: 0: no gradient for the weights; 1: of the task; 2: isolated.
+        hidden_TP: See `Kept`; also all up to `table`. The plan holds what the units learn.
         w_in: See `Kept`.
         w_out: See `Kept`.
         norm_sq_P: See `Kept`.
         table: See `Kept`.
-        objective: 0 desired update, 1 reconstruction.
+        objective: Its place in `esper_kernels.learning.OBJECTIVES`.
         observe: Whether to sum up dy.
 
     Returns:
@@ -133,22 +134,20 @@ def backward(
     x, dy = x_TI.to(dtype).contiguous(), dy_TO.to(dtype).contiguous()
     reconstruct = objective == RECONSTRUCTION
     other = z_TO.to(dtype).contiguous() if reconstruct else None
-    units = units_of_span(table, len(w_in_SI), dense.unit_align(dtype, len(w_in_SI), backward=True))
+    units = units_of_span(table, len(w_in_SI), unit_align(dtype, len(w_in_SI), backward=True))
     w_in, w_out = w_in[:, : w_in_SI.shape[1]], w_out[:, : w_out_SO.shape[1]]
     grad_sq = column_squares(dy, units, always=observe)
     z_energy, energy = across.means(z_sq, grad_sq.sum())
     energies = z_energy, energy
 
     h = torch.empty_like(hidden_TP)
-    dz, partial = dense.hidden_backward(
+    dz, partial = hidden_backward(
         units, hidden_TP, dy, other, w_out, alpha_S, phi_S, norm_sq_P, *energies, reconstruct, h
     )
     of_units = finish_units(units, partial, alpha_S, norm_sq_P, *energies, reconstruct)
-    dx = dense.project(units, dz, w_in, None)
-    d_in = dense.weight_grad(units, dz, x, None, of_units.gain_in, w_in_SI[None])
-    d_out = dense.weight_grad(
-        units, h, dy, other, of_units.gain_out, w_out_SO[None], of_units.ridge
-    )
+    dx = project(units, dz, w_in, None)
+    d_in = weight_grad(units, dz, x, None, of_units.gain_in, w_in_SI[None])
+    d_out = weight_grad(units, h, dy, other, of_units.gain_out, w_out_SO[None], of_units.ridge)
     return (
         dx.to(x_TI.dtype), d_in[0], of_units.d_bias.to(b_S.dtype), d_out[0], of_units.agreement,
         grad_sq if observe else grad_sq.new_empty(0), of_units.explained,

@@ -8,9 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esper_kernels.ops.device import num_sms
 from esper_kernels.ops.dispatch import INTERPRET
+from esper_kernels.reference.statistics import DEAD_BELOW
 
-_DEAD_BELOW = tl.constexpr(1e-6)
+_DEAD_BELOW = tl.constexpr(DEAD_BELOW)
 _ON_GPU = tl.constexpr(not INTERPRET)
 
 
@@ -71,8 +73,7 @@ def column_statistics(x_TD: Tensor) -> Tensor:
     T, D = x_TD.shape
     x_TD = x_TD.contiguous()
     tiles = triton.cdiv(D, WIDTH)
-    sms = torch.cuda.get_device_properties(x_TD.device).multi_processor_count if x_TD.is_cuda else 1
-    splits = max(1, min(triton.cdiv(T, BLOCK_T), sms * PER_SM // tiles))
+    splits = max(1, min(triton.cdiv(T, BLOCK_T), num_sms(x_TD.device) * PER_SM // tiles))
     stats = torch.empty(splits, 3, D, device=x_TD.device, dtype=torch.float32)
     vector = 16 // x_TD.element_size()
     _statistics_kernel[(tiles, splits)](

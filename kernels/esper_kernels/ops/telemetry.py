@@ -1,6 +1,6 @@
 """What a backward pass measured, put into the layout of the probe in one launch.
 
-See `esper_kernels.library` for the layout. D = channels, S = seeds.
+See `esper_kernels.probe` for the layout. D = channels, S = seeds.
 """
 
 import torch
@@ -8,7 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ISOLATED = tl.constexpr(2)
+from esper_kernels import learning as codes
+from esper_kernels.probe import probe_size
+
+_ISOLATED = tl.constexpr(codes.ISOLATED)
 BLOCK = 1024
 
 
@@ -45,7 +48,7 @@ def pack(
     rows: int,
     channels: int,
 ) -> Tensor:
-    """The telemetry of one pass, `[4 * D + S + 3]` fp32.
+    """The telemetry of one pass, `[probe_size(D, S)]` fp32.
 
     Args:
         stats: Sum, sum of squares and dead count of each channel, `[3, D]`; `[3, 0]` if the pass
@@ -57,7 +60,7 @@ def pack(
         channels: D.
     """
     S = len(explained_S)
-    told = torch.empty(4 * channels + S + 3, device=explained_S.device, dtype=torch.float32)
+    told = torch.empty(probe_size(channels, S), device=explained_S.device, dtype=torch.float32)
     _pack_kernel[(triton.cdiv(len(told), BLOCK),)](
         stats, grad_sq, explained_S, learning_S, told, rows, channels, S,
         OBSERVE=grad_sq.numel() > 0, BLOCK=BLOCK,

@@ -9,15 +9,18 @@ tile, N = hidden units of a tile, BT = rows of a block.
 """
 
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from esper_kernels import learning
+from esper_kernels.ops.device import dot_dtype, num_sms
 from esper_kernels.ops.dispatch import INTERPRET
 from esper_kernels.phi import Phi
+from esper_kernels.support import power_of_2
 
 ZERO = tl.constexpr(int(Phi.ZERO))
 GLU = tl.constexpr(int(Phi.GLU))
@@ -29,7 +32,7 @@ CODE_SILU = tl.constexpr(int(Phi.SILU))
 # the ways of a tile: no seed awake; one function for all that are awake; several; any at all
 COPY, RELU, GELU, SILU, LINEAR, MIXED, RARE = (tl.constexpr(i) for i in range(7))
 # what a seed learns
-TASK, ISOLATED = tl.constexpr(1), tl.constexpr(2)
+TASK, ISOLATED = tl.constexpr(learning.TASK), tl.constexpr(learning.ISOLATED)
 
 
 @triton.jit
@@ -192,11 +195,6 @@ def within_memory(tiling: Tiling, C: int, H: int, dtype: torch.dtype, streams: i
             return tiling
 
 
-def power_of_2(n: int) -> int:
-    """The next power of two, n itself included."""
-    return 1 << (n - 1).bit_length()
-
-
 @dataclass(frozen=True)
 class Launch:
     """Grid, constants and options of one launch.
@@ -233,25 +231,10 @@ def launch_of(
         "C": C, "H": H, "P": P, "WIDTH": tiling.width, "N": max(16, power_of_2(P * H)),
         "BT": block_t, "GROUP": min(block_t, max(1, tiling.warps * 32 * vector // tiling.width)),
         "FULL": S % (2 * P if pair else P) == 0 and tiling.width == P * C,
-        "DOT": tl.float32 if INTERPRET else TL_DTYPE[dtype],
+        "DOT": dot_dtype(dtype),
         "FAST": dtype != torch.float32,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
         "STAGES": tiling.stages,
     }  # fmt: skip
     options = {"num_warps": tiling.warps, "maxnreg": tiling.registers}
     return Launch((programs, splits), meta, pair, {} if INTERPRET else options)
-
-
-TL_DTYPE = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-
-
-@cache
-def num_sms(device: torch.device) -> int:
-    """Multiprocessors of the device; 1 for the CPU."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -20,11 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esper_kernels import learning as codes
 from esper_kernels.ops.dispatch import INTERPRET
 from esper_kernels.ops.statistics import sum_rows
 
 NUM_RANGES = tl.constexpr(4)
-_TARGET_FRAC = tl.constexpr(0.1)
+_TARGET_FRAC = tl.constexpr(codes.TARGET_FRAC)
+_TASK, _ISOLATED = tl.constexpr(codes.TASK), tl.constexpr(codes.ISOLATED)
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,13 @@ def _plan(
             mode = inside.to(tl.int32)
             if LEARNS:
                 mode = tl.load(learning + seed, mask=inside, other=0)
-            isolated = inside & (mode == 2) & (awake == 0)
+            isolated = inside & (mode == _ISOLATED) & (awake == 0)
             if kind == 0:
-                member = awake & (mode == 1)
+                member = awake & (mode == _TASK)
                 idle = (unit < N) & (awake == 0) & (isolated == 0)
                 tl.store(slot_of + group * N + unit, -1, mask=idle)
             elif kind == 1:
-                member = awake & (mode != 1)
+                member = awake & (mode != _TASK)
             else:
                 member = isolated
             count = member.to(tl.int32)
@@ -165,7 +167,7 @@ def plan(
 
     Args:
         alpha_S: Blend weight per seed, `[S]`, fp32.
-        learning_S: 0 frozen, 1 task, 2 isolated, `[S]`, int32; None: forward, none is isolated.
+        learning_S: What each learns, `[S]`, int32; None: forward, none is isolated.
         hidden_S: Hidden units each seed uses, `[S]`, int32: each seed is a group of `units`. None:
             each seed is a unit of the one group.
         units: N.

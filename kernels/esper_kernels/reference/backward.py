@@ -4,7 +4,7 @@ The hidden units are computed again; autograd itself is asked only about functio
 table of built-in ones does not know.
 
 Shapes: T = rows, D = channels, I and O = features of a span, S = seeds, n = seeds computed.
-`learning_S` says what a seed learns: 0 nothing, 1 the task, 2 its isolated objective.
+`learning_S` says what a seed learns (`esper_kernels.learning`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,20 +15,14 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
 
+from esper_kernels.learning import ISOLATED, OBJECTIVES, TASK
 from esper_kernels.phi import Phi, apply_phi
-from esper_kernels.reference.isolated import (
-    OBJECTIVES,
-    chunk_unexplained,
-    span_unexplained,
-    target_of,
-)
+from esper_kernels.reference.isolated import chunk_unexplained, span_unexplained, target_of
 
 # from the gradient of phi(z) to that of z
 Pull: TypeAlias = Callable[[Tensor], Tensor]
 # share of its target that each of n seeds leaves unexplained, given their weights
 Unexplained: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-TASK, ISOLATED = 1, 2
 
 
 def chunk_seeds_backward(

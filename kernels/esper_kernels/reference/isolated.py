@@ -11,20 +11,13 @@ functional gradient as a target: Verbockhaven et al., "Growing Tiny Networks", T
 Shapes: T = rows, n = seeds, C = channels of a chunk, I and O = features of a span.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from esper_kernels import across
+from esper_kernels.learning import TARGET_FRAC, Objective
 from esper_kernels.reference.chunk import chunk_outputs
 from esper_kernels.reference.span import span_hidden
-
-Objective = Literal["desired_update", "reconstruction"]
-# the operators take an objective by its position here
-OBJECTIVES: tuple[Objective, ...] = ("desired_update", "reconstruction")
-
-TARGET_FRAC = 0.1
 
 
 def target_of(

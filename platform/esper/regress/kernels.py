@@ -26,7 +26,7 @@ from esper.seeds.optimizer import SeedOptimizer
 from esper.seeds.state import SeedState, Stage
 from esper.surgery.lattice import attach
 from esper_kernels import Phi, chunk_seeds, probe_size, span_seeds
-from esper_kernels.reference.isolated import OBJECTIVES
+from esper_kernels.learning import OBJECTIVES
 
 # greatest norm of a difference, as a share of the norm of what is right
 MOST_FRAC = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}

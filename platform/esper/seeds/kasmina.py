@@ -39,8 +39,7 @@ from esper.seeds.state import (
     Stage,
 )
 from esper_kernels import PHI, chunk_seeds, span_seeds
-from esper_kernels.reference.backward import ISOLATED, TASK
-from esper_kernels.reference.isolated import Objective
+from esper_kernels.learning import FROZEN, ISOLATED, TASK, Objective
 from esper_kernels.reference.span import span_hidden
 from esper_kernels.support import needs_plain
 
@@ -745,7 +744,7 @@ def _put_rows(weights: Tensor, rows: Mapping[int, Tensor]) -> None:
 def _learning(stage: Stage) -> int:
     if stage is Stage.TRAINING:
         return ISOLATED
-    return TASK if stage in TRAINABLE_STAGES else 0
+    return TASK if stage in TRAINABLE_STAGES else FROZEN
 
 
 def _is_captured(tensor: Tensor) -> bool:

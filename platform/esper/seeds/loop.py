@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from esper_kernels import PHI, Phi, across
-from esper_kernels.reference.backward import ISOLATED, TASK
-from esper_kernels.reference.isolated import Objective, target_of
+from esper_kernels.learning import ISOLATED, TASK, Objective
+from esper_kernels.reference.isolated import target_of
 from esper_kernels.reference.statistics import column_statistics, gradient_energy
 
 Pool: TypeAlias = tuple[Tensor, Tensor, Tensor]

@@ -2,8 +2,7 @@
 
 The probe is a tensor that enters every training pass and that no result depends on. Its gradient
 is what the pass measured, so autograd adds the passes up: also in a compiled graph, in a replayed
-CUDA graph, and once only in a checkpointed one. Its values are in the layout of
-`esper_kernels.library`.
+CUDA graph, and once only in a checkpointed one. `esper_kernels.probe` has the layout.
 
 Shapes: D = channels, S = seeds, T = rows.
 """
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from esper.seeds.blueprints import Geometry
 from esper_kernels import column_statistics, gradient_energy, probe_size
+from esper_kernels.probe import probe_parts
 from esper_kernels.reference import statistics as reference
 
 
@@ -69,7 +69,7 @@ def gathered(probe: Tensor) -> Tensor:
 
 def told(probe: Tensor, channels: int, num_seeds: int) -> Told:
     """What the probe has gathered."""
-    return Told(*gathered(probe).split([3 * channels, channels, num_seeds, 1, 1, 1]))
+    return Told(*gathered(probe).split(probe_parts(channels, num_seeds)))
 
 
 @torch.no_grad()

@@ -9,12 +9,8 @@ from esper.seeds.blueprints import blueprint_id
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.state import SeedState, Stage
 from esper_kernels import Phi
-from esper_kernels.reference.isolated import (
-    TARGET_FRAC,
-    chunk_unexplained,
-    span_unexplained,
-    target_of,
-)
+from esper_kernels.learning import TARGET_FRAC
+from esper_kernels.reference.isolated import chunk_unexplained, span_unexplained, target_of
 
 
 def training_layer(geometry, dtype=torch.float64, name="mlp_silu"):
