@@ -282,7 +282,7 @@ def _parsed(model: type[Parsed], body: bytes, content_type: str) -> Parsed:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise Refusal(422, "the request's fields must be valid.", explain(model, error)) from None
+        raise Refusal(422, "the request's fields must be valid.", explain(error)) from None
 
 
 def _handle_errors(app: FastAPI) -> None:

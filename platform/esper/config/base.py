@@ -4,18 +4,19 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    ModelWrapValidatorHandler,
     ValidationError,
     ValidatorFunctionWrapHandler,
     field_validator,
+    model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -36,6 +37,43 @@ class Config(BaseModel):
         if rule is not None:
             raise PydanticCustomError("guessed", "Input should be {rule}", {"rule": rule})
         return result
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _known_keys(cls, data: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+        """Say of an unknown key which it may have been, in Python as in a file."""
+        try:
+            return build(data)
+        except ValidationError as error:
+            problems = error.errors(include_url=False)
+            if not any(_is_unknown(p) for p in problems):
+                raise
+            told = [_told(p, tuple(cls.model_fields)) for p in problems]
+            raise ValidationError.from_exception_data(error.title, told) from None
+
+
+def _is_unknown(problem: ErrorDetails) -> bool:
+    """Whether it is a key of the model itself; those inside others were told by these."""
+    return problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1
+
+
+def _told(problem: ErrorDetails, known: tuple[str, ...]) -> InitErrorDetails:
+    """A problem as it is raised again, with the nearest of the known keys in place of one unknown.
+
+    Kinds that pydantic does not know bring their own message.
+    """
+    kind: str | PydanticCustomError = problem["type"]
+    if _is_unknown(problem):
+        name = str(problem["loc"][0])
+        close = get_close_matches(name, known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}."
+        rule = f"must be a known key, but got '{name}'; {hint}"
+        kind = PydanticCustomError("unknown_key", "{rule}", {"rule": rule})
+    elif kind in ("unknown_key", "guessed"):
+        kind = PydanticCustomError(problem["type"], "{told}", {"told": problem["msg"]})
+    return InitErrorDetails(
+        type=kind, loc=problem["loc"], input=problem["input"], ctx=problem.get("ctx", {})
+    )
 
 
 def _guessed(value: Any, result: Any) -> str | None:
@@ -78,23 +116,22 @@ def validate(model: type[M], data: object, *, source: str, at: str = "") -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(source, explain(model, error, at=at)) from None
+        raise ConfigError(source, explain(error, at=at)) from None
 
 
-def explain(model: type[BaseModel], error: ValidationError, *, at: str = "") -> tuple[str, ...]:
+def explain(error: ValidationError, *, at: str = "") -> tuple[str, ...]:
     """One line a problem of `error`: `path must rule, but got value; what to do`."""
-    return tuple(_line(model, dict(problem), at) for problem in error.errors())
+    return tuple(_line(dict(problem), at) for problem in error.errors())
 
 
-def _line(model: type[BaseModel], problem: dict[str, Any], at: str) -> str:
+def _line(problem: dict[str, Any], at: str) -> str:
     loc = [str(part) for part in problem["loc"]]
     path = ".".join(part for part in (at, *loc) if part) or "(top level)"
     match problem["type"]:
+        case "unknown_key":
+            return f"{path} {problem['msg']}"
         case "extra_forbidden":
-            known = _fields_at(model, problem["loc"][:-1])
-            close = get_close_matches(loc[-1], known, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}."
-            return f"{path} must be a known key, but got '{loc[-1]}'; {hint}"
+            return f"{path} must be a known key, but got '{loc[-1]}'; remove it."
         case "missing":
             return f"{path} must be given, but is missing; add it."
         case "value_error":
@@ -104,33 +141,6 @@ def _line(model: type[BaseModel], problem: dict[str, Any], at: str) -> str:
             value = repr(problem["input"])
             shown = value if len(value) <= 60 else value[:57] + "..."
             return f"{path} must {rule}, but got {shown}."
-
-
-def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the model that `loc` leads to."""
-    kind: Any = model
-    for part in loc:
-        kind = _step(kind, part)
-    return list(kind.model_fields) if _is_model(kind) else []
-
-
-def _step(kind: Any, part: int | str) -> Any:
-    if _is_model(kind):
-        field = kind.model_fields.get(part)
-        return _unwrap(field.annotation) if field else None
-    args = get_args(kind)
-    return _unwrap(args[-1] if args and args[-1] is not Ellipsis else args[0]) if args else None
-
-
-def _unwrap(kind: Any) -> Any:
-    """The model inside `X | None`."""
-    if get_origin(kind) in (Union, UnionType):
-        return next((a for a in get_args(kind) if a is not type(None)), None)
-    return kind
-
-
-def _is_model(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

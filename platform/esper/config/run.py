@@ -45,7 +45,7 @@ def build_options(registry: Registry[type[M]], plugin: Plugin, path: str) -> M:
     try:
         return kind.model_validate(plugin.options)
     except ValidationError as error:
-        raise ConfigError(path, explain(kind, error, at=f"{path}.options")) from None
+        raise ConfigError(path, explain(error, at=f"{path}.options")) from None
 
 
 class SiteConfig(Config):

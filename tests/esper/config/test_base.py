@@ -55,6 +55,20 @@ def test_an_unknown_key_is_refused_with_the_nearest(data, line):
     assert problem(data) == line
 
 
+def test_a_mistake_in_python_names_the_nearest_as_well():
+    with pytest.raises(ValidationError, match="got 'siez'; did you mean 'size'") as caught:
+        Inner(siez=1)
+    assert caught.value.title == "Inner"
+    with pytest.raises(ValidationError) as caught:
+        Outer(nam="b", inner={"siez": 1, "rate": "0.1"}, at_least_two=[1])
+    assert {(p["loc"], p["msg"].partition(";")[0]) for p in caught.value.errors()} == {
+        (("nam",), "must be a known key, but got 'nam'"),
+        (("inner", "siez"), "must be a known key, but got 'siez'"),
+        (("inner", "rate"), "Input should be a number without quotes"),
+        (("at_least_two",), "Tuple should have at least 2 items after validation, not 1"),
+    }
+
+
 @pytest.mark.parametrize(
     ("data", "line"),
     [
