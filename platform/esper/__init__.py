@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from esper.seeds.optimizer import SeedOptimizer as SeedOptimizer
     from esper.seeds.report import Report as Report
     from esper.seeds.state import Stage as Stage
+    from esper.surgery.attach import attach as attach
     from esper.surgery.files import load as load
     from esper.surgery.files import save as save
     from esper.surgery.lattice import Lattice as Lattice
-    from esper.surgery.lattice import attach as attach
     from esper.surgery.lattice import lattice_of as lattice_of
     from esper.training.metrics import metric as metric
 
@@ -46,8 +46,9 @@ _HOMES = {
     "Report": "esper.seeds.report",
     "SeedOptimizer": "esper.seeds.optimizer",
     "Stage": "esper.seeds.state",
+    "attach": "esper.surgery.attach",
     **dict.fromkeys(("load", "save"), "esper.surgery.files"),
-    **dict.fromkeys(("Lattice", "attach", "lattice_of"), "esper.surgery.lattice"),
+    **dict.fromkeys(("Lattice", "lattice_of"), "esper.surgery.lattice"),
     "metric": "esper.training.metrics",
 }
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604

@@ -58,6 +58,23 @@ class Registry(Generic[T]):
 
         return add
 
+    def values(self) -> tuple[T, ...]:
+        """What is registered, in order of registration."""
+        return tuple(self._items.values())
+
+    def index(self, name: str) -> int:
+        """Place of a name in the order of registration.
+
+        Raises:
+            UnknownNameError: If nobody registered it.
+        """
+        self[name]
+        return tuple(self._items).index(name)
+
+    def name_at(self, index: int) -> str:
+        """The name at a place in the order of registration."""
+        return tuple(self._items)[index]
+
     def __getitem__(self, name: str) -> T:
         if name not in self._items:
             raise UnknownNameError(self.kind, name, tuple(self))

@@ -15,7 +15,8 @@ from esper.seeds import legacy
 from esper.seeds.blueprints import blueprint_id
 from esper.seeds.optimizer import SeedOptimizer
 from esper.seeds.state import SeedState, Stage
-from esper.surgery.lattice import Lattice, attach
+from esper.surgery.attach import attach
+from esper.surgery.lattice import Lattice
 from esper_kernels.timing import num_sets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

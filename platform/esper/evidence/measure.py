@@ -32,7 +32,8 @@ from esper.evidence.baseline_workload import Built, build, host, inputs
 from esper.evidence.records import Record, write_json
 from esper.evidence.reference import median_ms, reference_s
 from esper.evidence.utilisation import Utilisation
-from esper.surgery.lattice import Lattice, attach
+from esper.surgery.attach import attach
+from esper.surgery.lattice import Lattice
 from esper_kernels.timing import count_launches, synchronize, time_cold, time_replayed
 
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}

@@ -10,7 +10,8 @@ from esper.config.run import GrowthConfig
 from esper.regress.finding import Finding, capped
 from esper.seeds.actions import Action, Advance, Cull, Germinate, Promote, Rollback
 from esper.seeds.state import Stage
-from esper.surgery.lattice import Lattice, attach
+from esper.surgery.attach import attach
+from esper.surgery.lattice import Lattice
 
 SITES = ("conv", "fc1", "fc1->fc2")
 # one seed goes all the way, the others end early and their slots are used again

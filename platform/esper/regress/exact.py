@@ -25,8 +25,8 @@ from esper.seeds.blueprints import BLUEPRINTS, Geometry
 from esper.seeds.grafting import GRAFTS
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.state import SeedState, Stage
+from esper.surgery.attach import attach
 from esper.surgery.growth_log import pack_action
-from esper.surgery.lattice import attach
 from esper.trial import Trial, TrialSpec
 
 EXECUTIONS: tuple[Execution, ...] = get_args(Execution)

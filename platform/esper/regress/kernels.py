@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from esper.regress.finding import Finding, capped, changed_bits
 from esper.seeds.optimizer import SeedOptimizer
 from esper.seeds.state import SeedState, Stage
-from esper.surgery.lattice import attach
+from esper.surgery.attach import attach
 from esper_kernels import Phi, chunk_seeds, probe_size, span_seeds
 from esper_kernels.learning import OBJECTIVES
 

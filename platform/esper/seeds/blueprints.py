@@ -79,7 +79,7 @@ class Blueprint:
             ValueError: If the geometry or the number of hidden units does not fit.
         """
         if geometry not in self.geometries:
-            names = [n for n in BLUEPRINTS if geometry in BLUEPRINTS[n].geometries]
+            names = [b.name for b in BLUEPRINTS.values() if geometry in b.geometries]
             raise ValueError(
                 f"blueprint on a {geometry} site must be one of {', '.join(names)}, "
                 f"but got '{self.name}'."
@@ -139,8 +139,7 @@ def blueprint_id(name: str) -> int:
     Raises:
         UnknownNameError: If nobody registered the name.
     """
-    BLUEPRINTS[name]
-    return tuple(BLUEPRINTS).index(name)
+    return BLUEPRINTS.index(name)
 
 
 _CHUNK: frozenset[Geometry] = frozenset({"chunk"})

@@ -103,5 +103,4 @@ def graft_id(name: str) -> int:
     Raises:
         UnknownNameError: If nobody registered the name.
     """
-    GRAFTS[name]
-    return tuple(GRAFTS).index(name)
+    return GRAFTS.index(name)

@@ -25,7 +25,8 @@ from esper.config.run import Execution, GrowthConfig
 from esper.seeds import loop, optimizer_guard, telemetry
 from esper.seeds.blueprints import BLUEPRINTS, Blueprint, Geometry
 from esper.seeds.grafting import GRAFTS, GraftSignals
-from esper.seeds.local_rows import all_rows, by_process, local_rows
+from esper.seeds.local_rows import all_rows, by_process, local_rows, put_rows
+from esper.seeds.outputs import first_of, with_first
 from esper.seeds.state import (
     AWAKE_STAGES,
     BLUEPRINT,
@@ -38,7 +39,7 @@ from esper.seeds.state import (
     SeedTable,
     Stage,
 )
-from esper_kernels import PHI, chunk_seeds, span_seeds
+from esper_kernels import chunk_seeds, span_seeds
 from esper_kernels.learning import FROZEN, ISOLATED, TASK, Objective
 from esper_kernels.reference.span import span_hidden
 from esper_kernels.support import needs_plain
@@ -89,6 +90,35 @@ class KasminaLayer(nn.Module):
         dtype: Of the pool; at least fp32.
         device: Of everything.
         execution: How the seeds are computed; see `execution`.
+
+    Attributes:
+        w_in: Incoming weights, `[S, C, H]`; of a span `[S, I]`.
+        bias: Biases of the hidden units, `[S, H]`; of a span `[S]`.
+        w_out: Outgoing weights, `[S, H, C]`; of a span `[S, D]`.
+        state: One row a seed, `[S, 4]` int32; see `esper.seeds.state`.
+        alpha: Blend weights in [0, 1], `[S]` fp32, as all that follows unless it says otherwise.
+        progress: Of each graft, in [0, 1].
+        ramped_steps: Steps of its ramp that a seed has gone.
+        pace: Steps of its ramp that it goes in a step of the optimizer.
+        graft_loss: Training loss when its grafting began; NaN before.
+        fresh: Whose moments the optimizer is to forget, `[3, S]` bool, one row a tensor of the
+            pool.
+        moment_age: Steps that each seed's moments have gathered since, `[3, S]`.
+        replayed_steps: Steps of the optimizer in replayed CUDA graphs, `[1]` int32.
+        counted_steps: All other steps of the optimizer.
+        trainable: Whose weights may move, bool; this and what follows is derived from the state.
+        ramping: 1 for the seeds that are being grafted, else 0.
+        cosine: Whose ramp is half a cosine, bool; the others' are linear.
+        phi: Codes of the seeds' functions (`esper_kernels.Phi`), int32.
+        hidden_used: Hidden units that each seed uses, int32.
+        learning: What each seed learns (`esper_kernels.learning`), int32.
+        any_fresh: Whether some seed is fresh; likewise `any_trainable`, `any_training` (alone),
+            `any_ramping` and `any_grafted`.
+        probe: Gathers what passes measure as its gradient; see `esper.seeds.telemetry`.
+        objective: What seeds learn alone.
+        ramp_steps: Steps of a whole ramp at full pace.
+        young_rate: Factor on the learning rate of a seed's first step, which comes to 1 over
+            `young_steps` steps of its own.
 
     Raises:
         ValueError: If the channels are not divisible by the seeds, a size is less than 1, an
@@ -282,6 +312,11 @@ class KasminaLayer(nn.Module):
         """The state of every seed, as a copy; one device read."""
         return SeedTable(self.state.cpu().numpy().copy())
 
+    def awake(self) -> Tensor:
+        """Mask of the awake seeds, `[S]`, on the layer's device."""
+        stages = self.state[:, STAGE]
+        return torch.isin(stages, torch.tensor(sorted(AWAKE_STAGES), device=stages.device))
+
     @torch.no_grad()
     def write_states(self, states: SeedTable | Sequence[SeedState]) -> None:
         """Replace the whole state tensor; alpha and weights follow from `on_enter`."""
@@ -345,14 +380,14 @@ class KasminaLayer(nn.Module):
             ]
             bounds = [1 / math.sqrt(n) if random else 0.0 for n in fan]
             fresh = [(2 * draw - 1) * bound for draw, bound in zip(drawn, bounds, strict=True)]
-            _put_rows(weights, dict(zip(seeds, fresh, strict=True)))
+            put_rows(weights, dict(zip(seeds, fresh, strict=True)))
         # blueprints may differ in how many units they use
         by_count: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
         for seed, unit in (units or {}).items():
             by_count.setdefault(unit[0].shape[-1], {})[seed] = unit
         for some in by_count.values():
             for i, weights in enumerate((self.w_in, self.bias)):
-                _put_rows(weights, {seed: unit[i] for seed, unit in some.items()})
+                put_rows(weights, {seed: unit[i] for seed, unit in some.items()})
         rows = torch.as_tensor(seeds, device=self.alpha.device)
         self.progress[rows] = 0
         self.alpha[rows] = 0
@@ -368,8 +403,8 @@ class KasminaLayer(nn.Module):
         """Derive masks and flags from the state tensor; after every change of it."""
         table = self.states()
         stages = set(table.stages())
-        blueprints = [BLUEPRINTS[name] for name in BLUEPRINTS]
-        cosine = [GRAFTS[name].curve == "cosine" for name in GRAFTS]
+        blueprints = BLUEPRINTS.values()
+        cosine = [graft.curve == "cosine" for graft in GRAFTS.values()]
 
         def put(name: str, column: int, values: Sequence[Any]) -> None:
             """Fill a buffer with the value that belongs to each seed's entry in a column."""
@@ -386,18 +421,18 @@ class KasminaLayer(nn.Module):
         chunk = self.fan_in, self.hidden
         self._plain = needs_plain(codes, *chunk if self.geometry == "chunk" else ())
         self.any_fresh = bool(self.fresh.any())
-        self._any_training = Stage.TRAINING in stages
-        self._any_ramping = Stage.GRAFTING in stages
-        self._any_grafted = bool(stages & GRAFTED_STAGES)
+        self.any_training = Stage.TRAINING in stages
+        self.any_ramping = Stage.GRAFTING in stages
+        self.any_grafted = bool(stages & GRAFTED_STAGES)
         self.any_trainable = bool(stages & TRAINABLE_STAGES)
 
     def set_paces(self, signals: GraftSignals, growth: GrowthConfig) -> None:
         """Decide how fast each grafting seed moves in the next interval."""
-        names, rows = tuple(GRAFTS), self.states().rows
+        grafts, rows = GRAFTS.values(), self.states().rows
         ramping = rows[:, STAGE] == Stage.GRAFTING
         paces = np.ones(self.num_seeds)
         for kind in np.unique(rows[ramping, GRAFT]):
-            pace = GRAFTS[names[kind]].pace(signals, growth)
+            pace = grafts[kind].pace(signals, growth)
             paces[ramping & (rows[:, GRAFT] == kind)] = pace
         self.pace.copy_(torch.from_numpy(paces))
 
@@ -442,9 +477,9 @@ class KasminaLayer(nn.Module):
         self._seen = self._seen or learning
         steps = self.counted_steps - self._counted_before
         observe = learning and steps % OBSERVE_EVERY == 0
-        if self._any_grafted and self._may_blend():
+        if self.any_grafted and self._may_blend():
             return self._run(output, source, learning, observe)
-        if self._any_training and learning:
+        if self.any_training and learning:
             return self._train_alone(output, source, observe)
         return self._watch(output, observe) if learning else output
 
@@ -549,10 +584,7 @@ class KasminaLayer(nn.Module):
             source, self._source = self._source, None
             if source is None:
                 self._source_rows(None)
-        if not isinstance(output, tuple):
-            return self(output, source)
-        outputs = (self(output[0], source), *output[1:])
-        return output._make(outputs) if hasattr(output, "_make") else outputs
+        return with_first(output, self(first_of(output), source))
 
     def reset_telemetry(self) -> None:
         """Start a new interval."""
@@ -613,58 +645,9 @@ class KasminaLayer(nn.Module):
         """Hidden activations of the given span units, `[T, n]`."""
         return span_hidden(source, self.w_in[rows], self.bias[rows], self.phi[rows])
 
-    @torch.no_grad()
-    def silent_frac(self, source: Tensor | None) -> Tensor:
-        """Share of each awake seed's hidden units that are 0 in all rows, `[S]`, on the CPU.
-
-        Args:
-            source: Rows that the seeds read, `[T, I]` (chunk sites: all channels, `[T, D]`).
-
-        Returns:
-            NaN for seeds that sleep or have no hidden units, and for all without `source`.
-        """
-        found = torch.full((self.num_seeds,), math.nan)
-        awake = torch.isin(self.state[:, STAGE].cpu(), torch.tensor(sorted(AWAKE_STAGES)))
-        if source is None:
-            return found
-        seeds = (awake & (self.hidden_used.cpu() > 0)).nonzero()[:, 0]
-        if self.geometry == "span":
-            # all units of one function at once: there may be thousands
-            codes = self.phi.cpu()[seeds]
-            for code in codes.unique().tolist():
-                some = seeds[codes == code].to(source.device)
-                z = source @ self.w_in[some].float().T + self.bias[some].float()
-                found[some.cpu()] = (PHI[code](z) == 0).all(0).float().cpu()
-            return found
-        (w_in, held), (bias, _) = local_rows(self.w_in), local_rows(self.bias)
-        for seed in [s for s in seeds.tolist() if held.start <= s < held.stop]:
-            used, code, at = int(self.hidden_used[seed]), int(self.phi[seed]), seed - held.start
-            read = source[:, seed * self.fan_in : (seed + 1) * self.fan_in]
-            z = (read @ w_in[at].float() + bias[at].float())[:, :used]
-            found[seed] = (PHI[code](z) == 0).all(0).float().mean().cpu()
-        return all_rows(found[held].to(source.device), self.w_in).cpu()
-
-    def finite(self) -> Tensor:
-        """Whether all weights of each seed are numbers, `[S]`, on the CPU."""
-        rows = [local_rows(weights)[0].isfinite() for weights in self.pool()]
-        sound = torch.stack([r.reshape(len(r), -1).all(1) for r in rows]).all(0)
-        return all_rows(sound.to(torch.uint8), self.w_in).cpu() > 0
-
-    def grad_rms(self) -> Tensor:
-        """Root mean square gradient of each seed's parameters at the last step, `[S]`, on the CPU.
-
-        NaN for seeds that do not learn on the task, and for all before the first step.
-        """
-        found = torch.full((self.num_seeds,), math.nan)
-        grads = [w.grad for w in self.pool() if w.grad is not None]
-        learns = (self.learning == TASK).cpu()
-        if not grads or not learns.any():
-            return found
-        rows = [local_rows(g)[0] for g in grads]
-        own = torch.stack([g.float().square().reshape(len(g), -1).sum(1) for g in rows]).sum(0)
-        squares = all_rows(own, grads[0])
-        used = sum(w[0].numel() for w in self._weights() if w.requires_grad)
-        return torch.where(learns, (squares / used).sqrt().cpu(), found)
+    def fitting(self) -> list[Blueprint]:
+        """Blueprints that a seed of this site may have."""
+        return [b for b in BLUEPRINTS.values() if b.fits(self.geometry, self.hidden)]
 
     def seed_parameters(self, blueprint: Blueprint) -> int:
         """Parameters of one seed of that blueprint on this site."""
@@ -722,23 +705,6 @@ def _local(weights: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     sharded: Any = weights
     w_in, bias, w_out = (w.to_local() for w in sharded)
     return w_in, bias, w_out
-
-
-def _put_rows(weights: Tensor, rows: Mapping[int, Tensor]) -> None:
-    """Replace rows by others, or their first columns by shorter ones; of those held here."""
-    local, held = local_rows(weights)
-    mine = [seed for seed in rows if held.start <= seed < held.stop]
-    if not mine:
-        return
-    at = torch.as_tensor([seed - held.start for seed in mine], device=local.device)
-    together = torch.stack([rows[seed] for seed in mine]).to(local)
-    if local.ndim < together.ndim:
-        # of a span, one unit has a last axis that its row lacks
-        together = together.squeeze(-1)
-    if local.ndim == 1:
-        local[at] = together
-    else:
-        local[at, ..., : together.shape[-1]] = together
 
 
 def _learning(stage: Stage) -> int:

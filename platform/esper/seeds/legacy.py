@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import deprecated
 
 from esper.seeds import kasmina
-from esper.seeds.blueprints import BLUEPRINTS
+from esper.seeds.blueprints import BLUEPRINTS, blueprint_id
 from esper.seeds.loop import seed_output
 from esper.seeds.state import SeedState, Stage
 
@@ -173,12 +173,12 @@ class SequentialLayer(nn.Module):
             ValueError: If the layers have different seeds or sizes.
         """
         self._require_same_sizes(layer)
-        names = tuple(BLUEPRINTS)
+        blueprints = BLUEPRINTS.values()
         for i, state in enumerate(layer.states()):
             seed = self._seed(i)
             for mine, theirs in zip((seed.w1, seed.b1, seed.w2), layer.pool(), strict=True):
                 mine.copy_(theirs[i])
-            seed.blueprint = BLUEPRINTS[names[state.blueprint_id]]
+            seed.blueprint = blueprints[state.blueprint_id]
             self.alpha_blend[i] = float(layer.alpha[i])
             self.lifecycle_states[i] = LEGACY_STAGE[state.stage]
 
@@ -199,7 +199,6 @@ class SequentialLayer(nn.Module):
             raise ValueError(
                 "layer must have dormant seeds only, but some are not; attach a new lattice."
             )
-        names = tuple(BLUEPRINTS)
         states = [SeedState()] * self.num_seeds
         for i, alpha in enumerate(self.alpha_blend):
             seed = self._seed(i)
@@ -208,7 +207,7 @@ class SequentialLayer(nn.Module):
             stage = Stage.FINE_TUNING if alpha else Stage.GERMINATED
             if alpha and self.lifecycle_states[i] is LegacyStage.FOSSILIZED:
                 stage = Stage.FOSSILIZED
-            states[i] = SeedState(stage, names.index(seed.blueprint.name))
+            states[i] = SeedState(stage, blueprint_id(seed.blueprint.name))
             weights = seed.w1, seed.b1, seed.w2 * alpha if alpha else seed.w2
             for theirs, mine in zip(layer.pool(), weights, strict=True):
                 theirs[i] = mine

@@ -67,7 +67,7 @@ class Transition:
     def blueprint(self) -> str:
         """Name of the blueprint that the seed had or got."""
         state = self.after if self.after.blueprint_id else self.before
-        return tuple(BLUEPRINTS)[state.blueprint_id]
+        return BLUEPRINTS.name_at(state.blueprint_id)
 
 
 def advance(state: SeedState, action: Action) -> SeedState:

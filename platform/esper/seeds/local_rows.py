@@ -7,7 +7,7 @@ are kept whole, and equal, in every process.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,28 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:
         size = -(-len(tensor) // mesh.size(axes[0]))
         start = min(len(tensor), size * mesh.get_local_rank(axes[0]))
     return local, slice(start, start + len(local))
+
+
+def put_rows(tensor: Tensor, rows: Mapping[int, Tensor]) -> None:
+    """Replace some seeds' rows, as far as they are held here, in place.
+
+    Args:
+        tensor: `[S, ...]`, plain or a DTensor.
+        rows: New rows by seed; shorter ones replace the first columns. Of a span, the one unit of a
+            row may have a last axis that the tensor lacks.
+    """
+    local, held = local_rows(tensor)
+    mine = [seed for seed in rows if held.start <= seed < held.stop]
+    if not mine:
+        return
+    at = torch.as_tensor([seed - held.start for seed in mine], device=local.device)
+    together = torch.stack([rows[seed] for seed in mine]).to(local)
+    if local.ndim < together.ndim:
+        together = together.squeeze(-1)
+    if local.ndim == 1:
+        local[at] = together
+    else:
+        local[at, ..., : together.shape[-1]] = together
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def count_step(layer: "KasminaLayer") -> None:
 def after_step(layer: "KasminaLayer") -> None:
     """Count a step of training and move every graft one step on."""
     count_step(layer)
-    if is_capturing(layer) or layer._any_ramping:
+    if is_capturing(layer) or layer.any_ramping:
         move_grafts(ramp_of(layer))
 
 

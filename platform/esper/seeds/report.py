@@ -160,7 +160,7 @@ class Report:
         state = advance(before, action)
         woken = (state.stage in AWAKE_STAGES) - (before.stage in AWAKE_STAGES)
         kind = (state if woken > 0 else before).blueprint_id
-        cost = woken and woken * site.seed_parameters[tuple(BLUEPRINTS)[kind]]
+        cost = woken and woken * site.seed_parameters[BLUEPRINTS.name_at(kind)]
         changed = _changed(
             site,
             stage=_with(site.stage, at, state.stage),

@@ -150,12 +150,12 @@ class ReplicaTrainer(Trainer):
     def run_interval(self, steps: int | None = None) -> Report:
         """Train for some steps and report; see `Trainer.run_interval`."""
         # stages change between intervals alone, so that the device is asked once
-        layers = [attached.layer for attached in self.lattice.attached.values()]
+        layers = self.lattice.layers()
         rows = [(layer, layer.trainable.nonzero()[:, 0]) for layer in layers]
         # seeds that do not learn are not moved
         self._averaging.plan({id(p): learning for layer, learning in rows for p in layer.pool()})
         # in steps without seeds that learn alone nothing is asked
-        alone = any(layer._any_training for layer in layers)
+        alone = any(layer.any_training for layer in layers)
         with across.processes(self._replica.mean if alone else None):
             return super().run_interval(steps)
 
@@ -173,8 +173,8 @@ class ReplicaTrainer(Trainer):
     def _report(self, loss: float) -> Report:
         device = self._train[0].device
         mean = self._replica.mean(torch.tensor(loss, dtype=torch.float64, device=device))
-        for attached in self.lattice.attached.values():
+        for layer in self.lattice.layers():
             # all of it are sums and the counts to divide them by
-            self._replica.mean(telemetry.gathered(attached.layer.probe))
+            self._replica.mean(telemetry.gathered(layer.probe))
         with torch.enable_grad():
             return super()._report(float(mean))

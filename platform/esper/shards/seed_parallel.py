@@ -67,8 +67,8 @@ class SeedShard(KasminaShard):
     def _attach(self, model: nn.Module, data: TaskData, spec: ShardSpec) -> Lattice:
         split_host(model, split_sites(model, spec.config.lattice), self._mesh, data)
         lattice = super()._attach(model, data, spec)
-        for attached in lattice.attached.values():
-            attached.layer.share(self._mesh)
+        for layer in lattice.layers():
+            layer.share(self._mesh)
         return lattice
 
 

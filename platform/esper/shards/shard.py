@@ -27,13 +27,14 @@ from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
 from esper.seeds.state import Stage
 from esper.surgery import files
+from esper.surgery.attach import attach
 from esper.surgery.checkpoint_folder import (
     copies,
     read_checkpoint,
     write_checkpoint,
     write_copies,
 )
-from esper.surgery.lattice import Lattice, attach
+from esper.surgery.lattice import Lattice
 from esper.training import checkpoint
 from esper.training.hosts import HOSTS
 from esper.training.metrics import Trained, compute
@@ -198,8 +199,14 @@ class KasminaShard:
         self._writing: Future[None] | None = None
 
     def _attach(self, model: torch.nn.Module, data: TaskData, spec: ShardSpec) -> Lattice:
-        """Give the host its lattice."""
-        return _attach_all(model, spec.config, spec.seed)
+        """Give the host its lattice; `data` is for those that look how the host computes."""
+        lattice = Lattice(model, spec.seed)
+        lattice.growth = spec.config.growth
+        for site in spec.config.lattice:
+            options = site.model_dump()
+            pattern = options.pop("sites")
+            lattice = attach(model, pattern, **options, growth=spec.config.growth, seed=spec.seed)
+        return lattice
 
     def run_interval(
         self,
@@ -348,16 +355,6 @@ class KasminaShard:
     def close(self) -> None:
         """End the thread that writes checkpoints, when it has written."""
         self._writer.shutdown()
-
-
-def _attach_all(model: torch.nn.Module, config: RunConfig, seed: int) -> Lattice:
-    lattice = Lattice(model, seed)
-    lattice.growth = config.growth
-    for site in config.lattice:
-        options = site.model_dump()
-        pattern = options.pop("sites")
-        lattice = attach(model, pattern, **options, growth=config.growth, seed=seed)
-    return lattice
 
 
 def require_device(device: str) -> None:

@@ -14,9 +14,10 @@ from esper.seeds.grafting import GRAFTS, GraftSignals
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.local_rows import placed_as, whole
 from esper.seeds.state import BLUEPRINT, GRAFT
+from esper.surgery.attach import attach, biased_as_host
 from esper.surgery.checkpoint_folder import CheckpointError, read_checkpoint, write_checkpoint
 from esper.surgery.growth_log import pack_log, unpack_log
-from esper.surgery.lattice import Attached, Lattice, attach, biased_as_host, lattice_of
+from esper.surgery.lattice import Attached, Lattice, lattice_of
 
 
 def save(
@@ -143,14 +144,14 @@ def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _describe(lattice: Lattice) -> dict[str, Any]:
     return {
         "sites": _describe_sites(lattice),
-        "steps": [a.layer.steps for a in lattice.attached.values()],
+        "steps": [layer.steps for layer in lattice.layers()],
         "blueprints": list(BLUEPRINTS),
         "grafts": list(GRAFTS),
         "growth": lattice.growth.model_dump(mode="json"),
         "seed": lattice.seed,
         "interval": lattice.interval,
-        "signals": dataclasses.asdict(lattice._signals),
-        "grad_norms": lattice._grad_norms,
+        "signals": dataclasses.asdict(lattice.signals),
+        "grad_norms": lattice.grad_norms,
         "log": pack_log(lattice.log),
     }
 
@@ -190,10 +191,9 @@ def _rebuild(saved: dict[str, Any], model: nn.Module) -> Lattice:
 
 def _restore(lattice: Lattice, saved: dict[str, Any]) -> None:
     lattice.seed, lattice.interval = saved["seed"], saved["interval"]
-    lattice._signals = GraftSignals(**saved["signals"])
-    lattice._grad_norms = saved["grad_norms"]
-    for attached, steps in zip(lattice.attached.values(), saved["steps"], strict=True):
-        layer = attached.layer
+    lattice.signals = GraftSignals(**saved["signals"])
+    lattice.grad_norms = saved["grad_norms"]
+    for layer, steps in zip(lattice.layers(), saved["steps"], strict=True):
         layer.steps = steps
         layer.reset_telemetry()
     lattice.configure_layers()
@@ -266,11 +266,8 @@ def placed_moments(optimizer: torch.optim.Optimizer, content: dict[str, Any]) ->
 
 
 def _ids_here(ids: Tensor, here: Registry[Any], there: list[str]) -> Tensor:
-    names = [there[i] for i in ids.tolist()]
-    for name in names:
-        here[name]
-    known = list(here)
-    return torch.tensor([known.index(n) for n in names], dtype=ids.dtype)
+    moved = {i: here.index(there[i]) for i in set(ids.tolist())}
+    return torch.tensor([moved[i] for i in ids.tolist()], dtype=ids.dtype)
 
 
 def pack_optimizer(

@@ -59,9 +59,9 @@ def unpack_action(line: dict[str, Any]) -> Action:
 def _pack_state(state: SeedState) -> dict[str, Any]:
     return {
         "stage": state.stage.name,
-        "blueprint": tuple(BLUEPRINTS)[state.blueprint_id],
+        "blueprint": BLUEPRINTS.name_at(state.blueprint_id),
         "epochs": state.epochs,
-        "graft": tuple(GRAFTS)[state.graft_id],
+        "graft": GRAFTS.name_at(state.graft_id),
     }
 
 

@@ -1,12 +1,12 @@
-"""The lattice: one handle on all seeds of a model, and `attach`, which makes it."""
+"""The lattice: one handle on all seeds of a model; `esper.surgery.attach` makes it."""
 
 import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,43 +14,36 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.config.run import GrowthConfig
 from esper.seeds.actions import Action, Germinate
-from esper.seeds.blueprints import BLUEPRINTS, Blueprint, Geometry
+from esper.seeds.blueprints import BLUEPRINTS, Blueprint, blueprint_id
+from esper.seeds.diagnosis import grad_rms as seeds_grad_rms
+from esper.seeds.diagnosis import silent_frac
 from esper.seeds.grafting import GRAFTS, GraftSignals
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.lifecycle import Transition, advance
-from esper.seeds.local_rows import is_distributed, whole
-from esper.seeds.matching import (
-    SCORED_CANDIDATES,
-    Rows,
-    chunk_units,
-    copied_unit,
-    linear_unit,
-    span_units,
-    without,
-)
+from esper.seeds.matching import copied_unit
 from esper.seeds.report import Report, SiteReport
-from esper.seeds.state import AWAKE_STAGES, BLUEPRINT, EPOCHS, STAGE, SeedState, Stage
+from esper.seeds.state import BLUEPRINT, EPOCHS, STAGE, SeedState, Stage
+from esper.surgery.host_signs import Drift, grad_norm, grad_rms
 from esper.surgery.measure import Loss, measure_rows
-from esper.surgery.sites import Site, find_sites, input_features, output_channels
-from esper_kernels import PHI
+from esper.surgery.modes import evaluating
+from esper.surgery.new_seeds import Prospects, Unit
+from esper.surgery.sites import Site
 
 # held-out losses: one number a sample (its standard error is then known), or their mean
 Evaluate = Callable[[], Tensor | float]
-_HANDLE = "_esper_lattice"
-# weights of each host tensor that the drift is measured on
-DRIFT_SAMPLES = 4096
-# units of a span that are told apart in a report
-RANKED_UNITS = 8
-# units of a span that are chosen out of one draw of candidates
-UNITS_AT_ONCE = 64
+# the attribute of a model that holds its lattice
+HANDLE = "_esper_lattice"
 
 
 @dataclass(frozen=True)
 class Attached:
     """One site with its layer, and the hooks that run it.
 
-    The handles are kept because a copy or a pickle keeps the hooks apart from later ones
-    only with them.
+    Attributes:
+        site: The place.
+        layer: All seeds there.
+        hooks: Kept because a copy or a pickle keeps the hooks apart from later ones only with
+            their handles.
     """
 
     site: Site
@@ -70,6 +63,9 @@ class Lattice:
         seed: Seed of every random draw of the lattice.
         interval: Intervals finished.
         log: Every transition so far.
+        attached: Every site with its layer, by name.
+        signals: What the paces of grafts are decided on, as of the last report.
+        grad_norms: Norms of the host's gradient at the ends of the last intervals, oldest first.
     """
 
     def __init__(self, model: nn.Module, seed: int = 0) -> None:
@@ -79,11 +75,11 @@ class Lattice:
         self.interval = 0
         self.log: list[Transition] = []
         self.attached: dict[str, Attached] = {}
-        self._signals = GraftSignals()
-        self._grad_norms: list[float] = []
-        self._drift_base: list[Tensor] | None = None
+        self.signals = GraftSignals()
+        self.grad_norms: list[float] = []
+        self._drift = Drift()
         # what the last report measured; new seeds are matched to it
-        self._measured: dict[str, Rows] = {}
+        self._prospects = Prospects()
 
     def layer(self, site: str) -> KasminaLayer:
         """The layer of a site.
@@ -95,10 +91,14 @@ class Lattice:
             raise ValueError(f"site must be one of {', '.join(self.attached)}, but got '{site}'.")
         return self.attached[site].layer
 
+    def layers(self) -> list[KasminaLayer]:
+        """The layers of all sites."""
+        return [a.layer for a in self.attached.values()]
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The pools of all sites; give them to your own optimizer, once, for the whole run."""
-        for attached in self.attached.values():
-            yield from attached.layer.pool()
+        for layer in self.layers():
+            yield from layer.pool()
 
     def host_parameters(self) -> Iterator[nn.Parameter]:
         """The host's own parameters, without the lattice's."""
@@ -107,21 +107,21 @@ class Lattice:
 
     def count_parameters(self) -> int:
         """Parameters of the host and of every awake seed, by its blueprint."""
-        blueprints = [BLUEPRINTS[name] for name in BLUEPRINTS]
+        blueprints = BLUEPRINTS.values()
         return sum(p.numel() for p in self.host_parameters()) + sum(
             number * layer.seed_parameters(blueprints[kind])
-            for layer in self._layers()
-            for kind, number in Counter(layer.state[_awake(layer), BLUEPRINT].tolist()).items()
+            for layer in self.layers()
+            for kind, number in Counter(layer.state[layer.awake(), BLUEPRINT].tolist()).items()
         )
 
     def count_awake(self) -> int:
         """Seeds that are awake, over all sites."""
-        return sum(int(_awake(layer).sum()) for layer in self._layers())
+        return sum(int(layer.awake().sum()) for layer in self.layers())
 
     @property
     def steps(self) -> int:
         """Optimizer steps that moved the lattice."""
-        return max((layer.steps for layer in self._layers()), default=0)
+        return max((layer.steps for layer in self.layers()), default=0)
 
     def report(
         self,
@@ -154,34 +154,36 @@ class Lattice:
         self._require_moving()
         loss = None if loss is None else float(loss)
         held_out = self._evaluate(evaluate)
-        self._measured = {} if measure is None else measure_rows(self.model, self.attached, measure)
+        self._prospects = Prospects(
+            None if measure is None else measure_rows(self.model, self.attached, measure)
+        )
         self.interval += 1
-        for layer in self._layers():
+        for layer in self.layers():
             layer.state[:, EPOCHS] += layer.state[:, STAGE] != Stage.DORMANT
         room = self._room(affordable_parameters)
         sites = tuple(
             self._site_report(name, a.layer, evaluate, held_out, scored=room)
             for name, a in self.attached.items()
         )
-        grad_norm = self._grad_norm()
-        if grad_norm is not None:
-            self._grad_norms = [*self._grad_norms[-30:], grad_norm]
-        self._signals = GraftSignals(
+        norm = grad_norm(self.host_parameters())
+        if norm is not None:
+            self.grad_norms = [*self.grad_norms[-30:], norm]
+        self.signals = GraftSignals(
             loss=loss,
-            previous_loss=self._signals.loss,
-            host_drift_frac=self._drift(),
-            grad_norm=grad_norm,
-            median_grad_norm=median(self._grad_norms) if self._grad_norms else None,
+            previous_loss=self.signals.loss,
+            host_drift_frac=self._drift.measure(self.host_parameters()),
+            grad_norm=norm,
+            median_grad_norm=median(self.grad_norms) if self.grad_norms else None,
         )
-        for layer in self._layers():
+        for layer in self.layers():
             layer.reset_telemetry()
         return Report(
             interval=self.interval,
             step=self.steps,
             loss=loss,
             held_out_loss=None if held_out is None else float(held_out.mean()),
-            grad_norm=grad_norm,
-            host_drift_frac=self._signals.host_drift_frac,
+            grad_norm=norm,
+            host_drift_frac=self.signals.host_drift_frac,
             host_parameters=sum(p.numel() for p in self.host_parameters()),
             parameters=self.count_parameters(),
             growth=self.growth,
@@ -212,9 +214,9 @@ class Lattice:
                     states[t.action.seed] = t.after
             self.layer(site).write_states(states)
         self._enter(transitions, self._match_waves(transitions))
-        for layer in self._layers():
+        for layer in self.layers():
             if layer.ramping.any():
-                layer.set_paces(self._signals, self.growth)
+                layer.set_paces(self.signals, self.growth)
         self.log += transitions
         return transitions
 
@@ -225,12 +227,7 @@ class Lattice:
         # read from the device once, not once an action
         steps = self.steps
         for action in actions:
-            layer = self.layer(action.site)
-            if not 0 <= action.seed < layer.num_seeds:
-                raise ValueError(
-                    f"seed of site '{action.site}' must be in 0..{layer.num_seeds - 1}, "
-                    f"but got {action.seed}."
-                )
+            layer = self._layer_with(action.site, action.seed)
             before = states[action.site][action.seed]
             after = advance(before, action)
             if isinstance(action, Germinate):
@@ -238,10 +235,10 @@ class Lattice:
                 self._require_measured(action)
             states[action.site][action.seed] = after
             transitions.append(Transition(self.interval, steps, action, before, after))
-        grafts = [GRAFTS[name] for name in GRAFTS]
+        grafts = GRAFTS.values()
         for table in states.values():
             for kind in {table[seed].graft_id for seed in table.seeds_in({Stage.GRAFTING})}:
-                grafts[kind].pace(self._signals, self.growth)
+                grafts[kind].pace(self.signals, self.growth)
         return transitions
 
     def plant(self, site: str, seed: int, blueprint: str) -> None:
@@ -253,20 +250,15 @@ class Lattice:
         Raises:
             ValueError: If the slot is not dormant or the blueprint does not fit.
         """
-        layer = self.layer(site)
+        layer = self._layer_with(site, seed)
         states = layer.states()
-        if not 0 <= seed < layer.num_seeds:
-            raise ValueError(
-                f"seed of site '{site}' must be in 0..{layer.num_seeds - 1}, but got {seed}."
-            )
         if states[seed].stage is not Stage.DORMANT:
             raise ValueError(
                 f"seed {seed} of '{site}' must be DORMANT to be planted, "
                 f"but is {states[seed].stage.name}."
             )
         BLUEPRINTS[blueprint].require(layer.geometry, layer.hidden)
-        names = tuple(BLUEPRINTS)
-        states[seed] = SeedState(Stage.FINE_TUNING, names.index(blueprint))
+        states[seed] = SeedState(Stage.FINE_TUNING, blueprint_id(blueprint))
         layer.write_states(states)
         layer.initialise({seed: self._generator(site, seed)}, outgoing=True)
         with torch.no_grad():
@@ -283,36 +275,42 @@ class Lattice:
         for attached in self.attached.values():
             for hook in attached.hooks:
                 hook.remove()
-        ours = {id(layer) for layer in self._layers()}
+        ours = {id(layer) for layer in self.layers()}
         for module in list(self.model.modules()):
             for name in [n for n, child in module.named_children() if id(child) in ours]:
                 delattr(module, name)
         self.attached.clear()
-        if _HANDLE in self.model.__dict__:
-            delattr(self.model, _HANDLE)
+        if HANDLE in self.model.__dict__:
+            delattr(self.model, HANDLE)
         return self.model
 
     def restart_drift(self) -> None:
         """Measure the host's drift from its present weights on, after they were replaced."""
-        self._drift_base = None
+        self._drift.forget()
         # it is measured from report to report, so before the first there is none
         if self.interval:
-            self._drift()
+            self._drift.measure(self.host_parameters())
 
     def configure_layers(self) -> None:
         """Tell every layer what the settings mean for it."""
-        for layer in self._layers():
+        for layer in self.layers():
             layer.ramp_steps = self.growth.ramp_steps
             layer.young_rate, layer.young_steps = self.growth.young_rate, self.growth.young_steps
             layer.objective = self.growth.objective
 
-    def _layers(self) -> list[KasminaLayer]:
-        return [a.layer for a in self.attached.values()]
+    def _layer_with(self, site: str, seed: int) -> KasminaLayer:
+        """The layer of a site that has such a seed."""
+        layer = self.layer(site)
+        if not 0 <= seed < layer.num_seeds:
+            raise ValueError(
+                f"seed of site '{site}' must be in 0..{layer.num_seeds - 1}, but got {seed}."
+            )
+        return layer
 
     def _enter(
         self,
         transitions: Sequence[Transition],
-        matched: Mapping[tuple[str, int], tuple[Tensor, Tensor]],
+        matched: Mapping[tuple[str, int], Unit],
     ) -> None:
         """Do what the new stages ask for, to all seeds at once that enter the same one."""
         # the moves of one seed keep their order; seeds do not depend on one another
@@ -324,7 +322,7 @@ class Lattice:
             moves[site, seed] += 1
         for (_, site, stage), seeds in sorted(waves.items(), key=lambda wave: wave[0][0]):
             layer = self.layer(site)
-            layer.on_enter(seeds, stage, self._signals.loss)
+            layer.on_enter(seeds, stage, self.signals.loss)
             if stage is Stage.GERMINATED:
                 units = {seed: matched[site, seed] for seed in seeds if (site, seed) in matched}
                 layer.initialise({s: self._generator(site, s) for s in seeds}, units=units)
@@ -334,7 +332,7 @@ class Lattice:
         if (
             wanted
             and BLUEPRINTS[action.blueprint].elementwise
-            and action.site not in self._measured
+            and action.site not in self._prospects
         ):
             raise ValueError(
                 f"'{action.site}' must be measured before a seed is matched to it, but is not; "
@@ -355,54 +353,32 @@ class Lattice:
             )
         return first
 
-    def _match_waves(
-        self, transitions: Sequence[Transition]
-    ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+    def _match_waves(self, transitions: Sequence[Transition]) -> dict[tuple[str, int], Unit]:
         """Units for the new seeds that are not drawn, by site and seed; a whole wave at once."""
+        blueprints = BLUEPRINTS.values()
         waves: dict[tuple[str, int], list[int]] = {}
         for t in transitions:
             kind = t.after.blueprint_id
             new = t.after.stage is Stage.GERMINATED and self.growth.initialisation != "random"
             # units of blueprints that mix them cannot be told apart, and are drawn
-            if new and BLUEPRINTS[tuple(BLUEPRINTS)[kind]].elementwise:
+            if new and blueprints[kind].elementwise:
                 waves.setdefault((t.action.site, kind), []).append(t.action.seed)
         return {
             (site, seed): unit
             for (site, kind), seeds in waves.items()
-            for seed, unit in self._match(site, seeds, kind)
+            for seed, unit in self._match(site, seeds, blueprints[kind])
         }
 
     def _match(
-        self, site: str, seeds: list[int], kind: int
-    ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        self, site: str, seeds: list[int], blueprint: Blueprint
+    ) -> Iterator[tuple[int, Unit]]:
         """Each seed with the incoming weights and biases of its units."""
-        layer, how = self.layer(site), self.growth.initialisation
+        how, draw = self.growth.initialisation, partial(self._generator, site)
         if how == "net2net":
             if host := self._host_units(site):
-                for seed in seeds:
-                    yield seed, copied_unit(host, self._generator(site, seed))
-            return
-        blueprint, rows = BLUEPRINTS[tuple(BLUEPRINTS)[kind]], self._measured[site]
-        phi = PHI[blueprint.phi]
-        if layer.geometry == "chunk":
-            for seed in seeds:
-                count, generator = blueprint.hidden(layer.hidden), self._generator(site, seed)
-                units = chunk_units(rows, [seed], layer.num_seeds, phi, count, generator)
-                yield seed, (units.w_in[0], units.bias[0])
-        elif how != "matched":
-            for seed in seeds:
-                units, self._measured[site] = linear_unit(self._measured[site], tiny=how == "tiny")
-                yield seed, (units.w_in[0], units.bias[0])
-        else:
-            for first in range(0, len(seeds), UNITS_AT_ONCE):
-                some, rows = seeds[first : first + UNITS_AT_ONCE], self._measured[site]
-                generator = self._generator(site, some[0])
-                units = span_units(rows, phi, len(some), generator, biased=layer.biased)
-                # what comes next, of this wave or of another blueprint, is to find something else
-                hidden = phi(rows.source @ units.w_in[0] + units.bias[0])
-                self._measured[site] = without(rows, hidden)
-                for at, seed in enumerate(some):
-                    yield seed, (units.w_in[0, :, at : at + 1], units.bias[0, at : at + 1])
+                yield from ((seed, copied_unit(host, draw(seed))) for seed in seeds)
+        elif how != "random":
+            yield from self._prospects.units(site, self.layer(site), seeds, blueprint, how, draw)
 
     def _room(self, affordable_parameters: int | None) -> bool:
         """Whether the limits leave room for a seed; places are not scored for nothing."""
@@ -413,54 +389,13 @@ class Lattice:
         if not limits:
             return True
         costs = [
-            layer.seed_parameters(BLUEPRINTS[n])
-            for layer in self._layers()
-            for n in BLUEPRINTS
-            if BLUEPRINTS[n].fits(layer.geometry, layer.hidden) and BLUEPRINTS[n].phi
+            layer.seed_parameters(blueprint)
+            for layer in self.layers()
+            for blueprint in layer.fitting()
+            if blueprint.phi
         ]
         left = min(limits) - self.count_parameters()
         return any(cost <= left for cost in costs)
-
-    def _bottleneck(
-        self, site: str, layer: KasminaLayer, dormant: list[int]
-    ) -> tuple[Tensor, str | None]:
-        """The bottleneck of the dormant seeds, and whose units promise it.
-
-        NaN for other seeds and None where nothing was measured.
-        """
-        named = [BLUEPRINTS[n] for n in self.growth.scored_at(site)]
-        fitting = [b for b in named if b.fits(layer.geometry, layer.hidden)]
-        if site not in self._measured or not dormant or not fitting:
-            return torch.full((layer.num_seeds,), math.nan), None
-        found = [self._bottleneck_of(b, site, layer, dormant) for b in fitting]
-        worth = [
-            float(gain[dormant].max()) / layer.seed_parameters(b)
-            for b, gain in zip(fitting, found, strict=True)
-        ]
-        best = worth.index(max(worth))
-        return found[best], fitting[best].name
-
-    def _bottleneck_of(
-        self, blueprint: Blueprint, site: str, layer: KasminaLayer, dormant: list[int]
-    ) -> Tensor:
-        """The bottleneck of the dormant seeds for units of one blueprint; NaN for other seeds."""
-        found = torch.full((layer.num_seeds,), math.nan)
-        generator = self._generator(site, -1)
-        rows, phi = self._measured[site], PHI[blueprint.phi]
-        if layer.geometry == "span":
-            # slots are alike: the lowest is worth the best unit, the next what is left then
-            count = min(len(dormant), RANKED_UNITS)
-            units = span_units(
-                rows, phi, count, generator, biased=layer.biased, candidates=SCORED_CANDIDATES
-            )
-            # no later slot is worth more, so that the lowest is taken first
-            gain = units.gain[0].cpu().cummin(0).values
-            found[dormant] = torch.cat([gain, gain[-1:].expand(len(dormant) - count)])
-        else:
-            count = blueprint.hidden(layer.hidden)
-            units = chunk_units(rows, dormant, layer.num_seeds, phi, count, generator)
-            found[dormant] = units.gain.sum(1).cpu()
-        return found
 
     def _generator(self, site: str, seed: int) -> torch.Generator:
         # a function of where and when, so that a resumed run draws the same weights
@@ -489,37 +424,26 @@ class Lattice:
         if asked and evaluate is not None and held_out is not None:
             for seed in (ints["stage"] == Stage.EVALUATING).nonzero()[0]:
                 gain[:, seed] = self._gain(layer, int(seed), evaluate, held_out)
-        fitting = {
-            n: layer.seed_parameters(BLUEPRINTS[n])
-            for n in BLUEPRINTS
-            if BLUEPRINTS[n].fits(layer.geometry, layer.hidden)
-        }
+        costs = {b.name: layer.seed_parameters(b) for b in layer.fitting()}
         dormant = [int(s) for s in (ints["stage"] == Stage.DORMANT).nonzero()[0]] if scored else []
-        bottleneck, scored_blueprint = self._bottleneck(name, layer, dormant)
-        silent = layer.silent_frac(self._measured[name].source if name in self._measured else None)
-        ratio = layer.grad_rms() / self._host_grad_rms(self.attached[name].site)
+        bottleneck, scored_blueprint = self._prospects.bottleneck(
+            name, layer, dormant, [BLUEPRINTS[n] for n in self.growth.scored_at(name)],
+            partial(self._generator, name, -1),
+        )  # fmt: skip
+        silent = silent_frac(layer, self._prospects.source(name))
+        ratio = seeds_grad_rms(layer) / grad_rms(self._host_parameters_at(name))
         return SiteReport(
             name=name, geometry=layer.geometry, **ints, **columns, bottleneck=bottleneck.numpy(),
             silent_frac=silent.numpy(), grad_ratio=ratio.numpy(), gain=gain[0].numpy(),
-            gain_se=gain[1].numpy(), seed_parameters=fitting,
-            unexplained=self._unexplained(name), scored_blueprint=scored_blueprint,
+            gain_se=gain[1].numpy(), seed_parameters=costs,
+            unexplained=self._prospects.unexplained(name), scored_blueprint=scored_blueprint,
         )  # fmt: skip
 
-    def _unexplained(self, site: str) -> float:
-        if site not in self._measured:
-            return math.nan
-        rows = self._measured[site]
-        return float(rows.unexplained(rows.wanted).square().sum(1).mean())
-
-    def _host_grad_rms(self, site: Site) -> float:
-        """Root mean square gradient of the host's parameters at a site; NaN without any."""
-        modules = dict.fromkeys((site.first, site.last))
-        params = [p for n in modules for p in self.model.get_submodule(n).parameters(recurse=False)]
-        grads = [p.grad.float() for p in params if p.grad is not None]
-        size = sum(g.numel() for g in grads)
-        # of a sharded one each process sums its part
-        squares = sum(float(whole(g.square().sum())) for g in grads)
-        return math.sqrt(squares / size) if size else math.nan
+    def _host_parameters_at(self, name: str) -> Iterator[nn.Parameter]:
+        """The host's own parameters at the ends of a site."""
+        site = self.attached[name].site
+        for path in dict.fromkeys((site.first, site.last)):
+            yield from self.model.get_submodule(path).parameters(recurse=False)
 
     def _gain(self, layer: KasminaLayer, seed: int, evaluate: Evaluate, held_out: Tensor) -> Tensor:
         """Held-out loss without the seed minus with it, and its standard error, `[2]`."""
@@ -537,177 +461,12 @@ class Lattice:
     def _evaluate(self, evaluate: Evaluate | None) -> Tensor | None:
         if evaluate is None:
             return None
-        modes = [(m, m.training) for m in self.model.modules()]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                losses = torch.as_tensor(evaluate(), dtype=torch.float64)
-        finally:
-            # each its own: a host may keep some of its modules in eval mode while it trains
-            for module, mode in modes:
-                module.training = mode
+        with evaluating(self.model), torch.no_grad():
+            losses = torch.as_tensor(evaluate(), dtype=torch.float64)
         return losses.detach().cpu().reshape(-1)
-
-    def _grad_norm(self) -> float | None:
-        grads = [p.grad for p in self.host_parameters() if p.grad is not None]
-        if not grads:
-            return None
-        # the norm of norms is that of all; a sharded one is summed over the processes by itself
-        norms = [whole(torch.linalg.vector_norm(g)) if is_distributed(g) else g for g in grads]
-        return float(nn.utils.get_total_norm(norms))
-
-    def _drift(self) -> float | None:
-        """Relative change since the last report, on evenly spaced weights of each tensor."""
-        now = [
-            whole(p.detach()).reshape(-1)[:: max(1, p.numel() // DRIFT_SAMPLES)].clone()
-            for p in self.host_parameters()
-        ]
-        before, self._drift_base = self._drift_base, now
-        if before is None:
-            return None
-        # the model may have been moved to another device or dtype since
-        before = [b.to(a) for a, b in zip(now, before, strict=True)]
-        moved = sum(float((a - b).square().sum()) for a, b in zip(now, before, strict=True))
-        size = sum(float(b.square().sum()) for b in before)
-        return math.sqrt(moved / size) if size else None
-
-
-def attach(
-    model: nn.Module,
-    sites: str,
-    seeds_per_layer: int,
-    *,
-    geometry: Geometry = "chunk",
-    hidden: int | None = None,
-    channels: int | None = None,
-    channel_axis: int | None = None,
-    biased: bool | None = None,
-    growth: GrowthConfig | None = None,
-    seed: int | None = None,
-) -> Lattice:
-    """Give every matching site of a model a lattice of dormant seeds, in place.
-
-    The model's output stays the same bit for bit until a seed is grafted, and its own
-    `state_dict` keys stay as they are. Several calls on one model share one handle.
-
-    Args:
-        model: Any PyTorch model; its code is not touched.
-        sites: Module path or glob, or a span `a->b` inside one module that runs both ends.
-        seeds_per_layer: Seeds at each site; for chunk sites a divisor of the channels.
-        geometry: 'chunk', or 'span' for units across a module or span.
-        hidden: Hidden units of a chunk seed; None: the chunk's width, at least 2.
-        channels: Channels of the site's output, where its type does not tell.
-        channel_axis: Axis of the channels; None: known from the type, else the last.
-        biased: Whether units of a span have a bias; None: as the span's first module.
-        growth: Times, thresholds and limits; None leaves them as they are.
-        seed: Seed of the lattice's random draws; None leaves it as it is (0 at first).
-
-    Returns:
-        The handle.
-
-    Raises:
-        ValueError: If nothing matches, a site has a lattice already, or sizes do not fit;
-            the model is then unchanged.
-    """
-    if geometry not in get_args(Geometry):
-        raise ValueError(f"geometry must be 'chunk' or 'span', but got '{geometry}'.")
-    lattice = lattice_of(model) or Lattice(model)
-    found = find_sites(model, sites, geometry)
-    for name in {n for s in found for n in (growth or lattice.growth).scored_at(s.name)}:
-        if not BLUEPRINTS[name].elementwise:
-            raise ValueError(
-                "scored_blueprint must have hidden units that are functions of one number, but got "
-                f"'{name}'; use 'mlp_relu' or 'low_rank'."
-            )
-    layers = [
-        _make_layer(
-            model, site, lattice, seeds_per_layer, geometry, hidden, channels, channel_axis, biased
-        )
-        for site in found
-    ]
-    # everything fits: only now is the model touched
-    for site, layer in zip(found, layers, strict=True):
-        lattice.attached[site.name] = _hook(model, site, layer)
-    lattice.growth = growth or lattice.growth
-    lattice.seed = lattice.seed if seed is None else seed
-    lattice.configure_layers()
-    model.__dict__[_HANDLE] = lattice
-    return lattice
 
 
 def lattice_of(model: nn.Module) -> Lattice | None:
     """The lattice of a model, also of a deep copy; None if it has none."""
-    handle = model.__dict__.get(_HANDLE)
+    handle = model.__dict__.get(HANDLE)
     return handle if isinstance(handle, Lattice) else None
-
-
-def biased_as_host(model: nn.Module, first: str, geometry: str) -> bool:
-    """Whether units have a bias if nobody says so: those of a span are made as the host's own."""
-    return geometry == "chunk" or getattr(model.get_submodule(first), "bias", True) is not None
-
-
-def _awake(layer: KasminaLayer) -> Tensor:
-    """Mask of the awake seeds, `[S]`."""
-    stages = layer.state[:, STAGE]
-    return torch.isin(stages, torch.tensor(sorted(AWAKE_STAGES), device=stages.device))
-
-
-def _make_layer(
-    model: nn.Module, site: Site, lattice: Lattice, num_seeds: int, geometry: Geometry,
-    hidden: int | None, channels: int | None, channel_axis: int | None, biased: bool | None,
-) -> KasminaLayer:  # fmt: skip
-    if site.name in lattice.attached:
-        raise ValueError(
-            f"sites must have no lattice yet, but '{site.name}' has one; attach once a site."
-        )
-    last = model.get_submodule(site.last)
-    if _owner(last) is None or type(last).forward is nn.Module.forward:
-        raise ValueError(
-            f"sites must be modules that compute something, but '{site.last}' is "
-            f"{'an empty' if _owner(last) is None else 'a'} {type(last).__name__}; "
-            "name the modules inside it or around it."
-        )
-    known = output_channels(last)
-    if channels is None and known is None:
-        raise ValueError(
-            f"channels must be given for '{site.last}', since a {type(last).__name__} does not "
-            "tell its width; pass `channels` (and `channel_axis` if it is not the last)."
-        )
-    width, axis = known or (0, -1)
-    inputs = input_features(model.get_submodule(site.first)) if geometry == "span" else None
-    if geometry == "span" and inputs is None:
-        kind = type(model.get_submodule(site.first)).__name__
-        raise ValueError(
-            f"sites must be spans that begin at a Linear, Conv or norm module, "
-            f"but '{site.first}' is a {kind}; begin the span one module later or earlier."
-        )
-    if biased is not None and geometry == "chunk":
-        raise ValueError(
-            f"biased must be left out for a chunk site, whose units have one, but got {biased}."
-        )
-    tensor = next(last.parameters(), next(model.parameters(), torch.zeros(())))
-    layer = KasminaLayer(
-        channels or width, num_seeds, geometry=geometry, hidden=hidden, in_features=inputs,
-        channel_axis=axis if channel_axis is None else channel_axis,
-        biased=biased_as_host(model, site.first, geometry) if biased is None else biased,
-        dtype=tensor.dtype, device=tensor.device,
-    )  # fmt: skip
-    return layer.train(last.training)
-
-
-def _owner(module: nn.Module) -> nn.Module | None:
-    """Where the layer is registered: a container would run it, or index it, as its own child."""
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return next((m for m in module.modules() if not isinstance(m, containers)), None)
-
-
-def _hook(model: nn.Module, site: Site, layer: KasminaLayer) -> Attached:
-    last, first = model.get_submodule(site.last), model.get_submodule(site.first)
-    owner = _owner(last)
-    assert owner is not None
-    taken = sum(name.startswith("kasmina") for name, _ in owner.named_children())
-    owner.add_module(f"kasmina_{taken}" if taken else "kasmina", layer)
-    hooks = [last.register_forward_hook(layer.graft_output)]
-    if layer.geometry == "span":
-        hooks.append(first.register_forward_pre_hook(layer.capture_source))
-    return Attached(site, layer, tuple(hooks))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from esper.seeds.local_rows import whole
 from esper.seeds.matching import MAX_ROWS, Rows
-from esper.seeds.state import AWAKE_STAGES
+from esper.seeds.outputs import first_of, with_first
+from esper.surgery.modes import evaluating
 
 if TYPE_CHECKING:
     from esper.surgery.lattice import Attached
@@ -41,10 +42,8 @@ def measure_rows(
         hooks.append(first.register_forward_pre_hook(_note(seen[name], "source")))
         hooks.append(last.register_forward_pre_hook(_note(seen[name], "inputs")))
         hooks.append(last.register_forward_hook(_output(seen[name])))
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             total = loss()
             missing = [name for name, noted in seen.items() if "output" not in noted]
             if missing:
@@ -62,8 +61,6 @@ def measure_rows(
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     return {
         name: _rows(a, model.get_submodule(a.site.last), noted, gradient)
         for (name, a), noted, gradient in zip(
@@ -85,16 +82,12 @@ def _output(noted: dict[str, Tensor]) -> Callable[..., Any]:
     """Note the site's output with its seeds; nobody may change it in place after that."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        y = output[0] if isinstance(output, tuple) else output
+        y = first_of(output)
         if not y.requires_grad:
             # behind a frozen host nothing else asks for this gradient
             y = y.detach().requires_grad_()
         noted["output"] = y
-        y = y.clone()
-        if not isinstance(output, tuple):
-            return y
-        outputs = (y, *output[1:])
-        return output._make(outputs) if hasattr(output, "_make") else outputs
+        return with_first(output, y.clone())
 
     return hook
 
@@ -127,8 +120,7 @@ def _rows(a: "Attached", last: nn.Module, noted: dict[str, Tensor], gradient: Te
                     stacklevel=2,
                 )
     if layer.geometry == "span":
-        awake = torch.isin(layer.state[:, 0], torch.tensor(sorted(AWAKE_STAGES)).to(layer.state))
-        units = awake.nonzero()[:, 0]
+        units = layer.awake().nonzero()[:, 0]
         if len(units):
             known.append(layer.span_hidden(source, units).float())
     # the loss is a mean over the samples: undone, so that a gain does not depend on their number

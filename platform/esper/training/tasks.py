@@ -5,7 +5,6 @@ decisions during the run; test data is for the final metrics alone.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,8 +18,6 @@ from esper.config.base import Config
 from esper.registry import Registry
 
 Split = tuple[Tensor, Tensor]
-# per-sample losses [N] from outputs [N, ...] and targets [N, ...]
-SampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esper.config.run import Execution, TrainConfig
 from esper.seeds.actions import Action, Rollback
+from esper.seeds.diagnosis import finite
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.lifecycle import Transition
 from esper.seeds.matching import NotFiniteError
@@ -64,6 +65,7 @@ class Cost:
         growth_flops: Operations of measuring for new seeds and choosing their units, and of the
             held-out evaluations made for the report.
         growth_seconds: Wall time of the same.
+        flops_per_step: Operations of a step as the topology is now; None: not counted yet.
     """
 
     flops: float = 0.0
@@ -124,9 +126,9 @@ class Trainer:
 
     def execute(self, execution: Execution) -> None:
         """Choose how the seeds are computed from the next step on; nothing else changes."""
-        for attached in self.lattice.attached.values():
-            if attached.layer.execution != execution:
-                attached.layer.execution = execution
+        for layer in self.lattice.layers():
+            if layer.execution != execution:
+                layer.execution = execution
                 # another way to compute takes another number of operations
                 self.cost.flops_per_step = None
 
@@ -416,8 +418,8 @@ class Trainer:
             model={k: v.detach().clone() for k, v in self.model.state_dict().items()},
             optimizer=copy.deepcopy(self.optimizer.state_dict()),
             random=self.random_state(),
-            signals=self.lattice._signals,
-            grad_norms=self.lattice._grad_norms,
+            signals=self.lattice.signals,
+            grad_norms=self.lattice.grad_norms,
             grafted=_grafted(self._states()),
             note=note,
         )
@@ -427,9 +429,9 @@ class Trainer:
         # a copy: the optimizer would go on to change the snapshot's own tensors
         self.optimizer.load_state_dict(copy.deepcopy(snapshot.optimizer))
         self.set_random_state(snapshot.random)
-        self.lattice._signals, self.lattice._grad_norms = snapshot.signals, snapshot.grad_norms
-        for attached in self.lattice.attached.values():
-            attached.layer.reset_telemetry()
+        self.lattice.signals, self.lattice.grad_norms = snapshot.signals, snapshot.grad_norms
+        for layer in self.lattice.layers():
+            layer.reset_telemetry()
         self.lattice.restart_drift()
 
 
@@ -440,8 +442,8 @@ def _grafted(states: Mapping[Place, SeedState]) -> frozenset[Place]:
 def _not_finite(layer: KasminaLayer, stage: Stage) -> list[int]:
     seeds = layer.states().seeds_in({stage})
     # asked together, since shards may have to ask each other
-    finite = layer.finite().tolist() if seeds else []
-    return [i for i in seeds if not finite[i]]
+    sound = finite(layer).tolist() if seeds else []
+    return [i for i in seeds if not sound[i]]
 
 
 def _differ(a: SeedState, b: SeedState) -> bool:

@@ -254,12 +254,12 @@ def test_a_step_that_is_captured_decides_nothing_on_the_host(bench, monkeypatch,
     def step(b, optimizer):
         optimizer.zero_grad()
         b.loss().backward()
-        seen = b.layer.any_fresh, b.layer.any_trainable, b.layer._any_ramping
+        seen = b.layer.any_fresh, b.layer.any_trainable, b.layer.any_ramping
         if b is captured:
-            b.layer.any_fresh = b.layer.any_trainable = b.layer._any_ramping = False
+            b.layer.any_fresh = b.layer.any_trainable = b.layer.any_ramping = False
         optimizer.step()
         if b is captured:
-            b.layer.any_fresh, b.layer.any_trainable, b.layer._any_ramping = seen
+            b.layer.any_fresh, b.layer.any_trainable, b.layer.any_ramping = seen
 
     for stage in (Stage.TRAINING, Stage.GRAFTING, Stage.FINE_TUNING):
         for b, optimizer in zip((captured, eager), optimizers, strict=True):

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import esper
 from esper.seeds.blueprints import BLUEPRINTS, blueprint
-from esper.surgery.lattice import attach, lattice_of
+from esper.surgery.attach import attach
+from esper.surgery.lattice import lattice_of
 
 BENCHMARKS = Path(__file__).parents[3] / "experiments/benchmarks"
 WIDTH, WORDS, POSITIONS, BATCH = 16, 13, 10, 4

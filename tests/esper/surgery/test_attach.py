@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import esper
 from esper.seeds.actions import Germinate, Promote
-from esper.surgery.lattice import attach, lattice_of
+from esper.surgery.attach import attach
+from esper.surgery.lattice import lattice_of
 
 
 class Mixer(nn.Module):

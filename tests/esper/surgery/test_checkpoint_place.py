@@ -10,6 +10,7 @@ from pyarrow import fs
 from torch import nn
 
 from esper.config.base import ConfigError
+from esper.surgery.attach import attach
 from esper.surgery.checkpoint_folder import (
     MANIFEST,
     CheckpointError,
@@ -19,7 +20,6 @@ from esper.surgery.checkpoint_folder import (
 )
 from esper.surgery.checkpoint_place import place_of
 from esper.surgery.files import load
-from esper.surgery.lattice import attach
 
 ESPER = "from esper_experiments.entry import main; main()"
 RUN = """

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from esper.surgery.lattice import attach
+from esper.surgery.attach import attach
 
 DYNAMIC = {0: torch.export.Dim.DYNAMIC}
 SPAN = {"geometry": "span"}

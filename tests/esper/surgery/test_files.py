@@ -20,9 +20,10 @@ from esper.seeds import actions
 from esper.seeds.blueprints import BLUEPRINTS, blueprint
 from esper.seeds.grafting import GRAFTS, GraftStrategy
 from esper.seeds.state import Stage
+from esper.surgery.attach import attach
 from esper.surgery.checkpoint_folder import CheckpointError
 from esper.surgery.files import load, save
-from esper.surgery.lattice import attach, lattice_of
+from esper.surgery.lattice import lattice_of
 
 GROWTH = GrowthConfig(ramp_steps=9, objective="reconstruction", fine_tuning_intervals=3)
 
@@ -123,7 +124,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(tmp_path, interval):
     assert run(*again, 9) == seen
     assert fingerprint(again[0], again[2]) == fingerprint(unbroken[0], unbroken[2])
     # what the paces of grafts are decided on, running medians included
-    assert again[1]._signals == unbroken[1]._signals
+    assert again[1].signals == unbroken[1].signals
 
 
 def test_a_run_resumed_in_a_new_process_is_the_unbroken_one(tmp_path):

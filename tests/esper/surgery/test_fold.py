@@ -17,8 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.seeds.actions import Germinate, Promote
 from esper.seeds.blueprints import BLUEPRINTS, blueprint
+from esper.surgery.attach import attach
 from esper.surgery.fold import FoldError
-from esper.surgery.lattice import attach, lattice_of
+from esper.surgery.lattice import lattice_of
 
 CHUNK_BLUEPRINTS = ["noop", "scale_shift", "low_rank", "mlp_relu", "mlp_gelu", "mlp_silu", "glu"]
 OWN_ACTIVATION = {nn.ReLU: "mlp_relu", nn.GELU: "mlp_gelu", nn.SiLU: "mlp_silu"}

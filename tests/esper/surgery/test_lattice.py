@@ -13,7 +13,7 @@ from esper.registry import UnknownNameError
 from esper.seeds.actions import Advance, Cull, Germinate, Promote
 from esper.seeds.lifecycle import IllegalTransitionError
 from esper.seeds.state import Stage
-from esper.surgery.lattice import attach
+from esper.surgery.attach import attach
 
 S, C = 4, 2
 

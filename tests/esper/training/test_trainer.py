@@ -12,7 +12,8 @@ from esper.config.run import GrowthConfig, TrainConfig
 from esper.seeds.actions import Advance, Cull, Germinate, Promote, Rollback
 from esper.seeds.lifecycle import IllegalTransitionError
 from esper.seeds.state import Stage
-from esper.surgery.lattice import Lattice, attach
+from esper.surgery.attach import attach
+from esper.surgery.lattice import Lattice
 from esper.training.snapshot import MAX_SNAPSHOTS
 from esper.training.tasks import Spirals, TeacherStudent
 from esper.training.trainer import CollapseError, Trainer
@@ -315,7 +316,7 @@ def test_a_rollback_goes_back_to_before_the_graft_bit_for_bit(stage, broken):
     undisturbed.roll_back([Rollback("1", 1)])
     assert equal(everything(trained), everything(undisturbed))
     now, then = trained.lattice, undisturbed.lattice
-    assert (now._signals, now._grad_norms) == (then._signals, then._grad_norms)
+    assert (now.signals, now.grad_norms) == (then.signals, then.grad_norms)
     changed = {k for k, v in everything(trained).items() if not torch.equal(v, before[k])}
     assert all(k.endswith(("state", "graft_loss")) for k in changed)
     assert (trained.suspects(), trained.past) == ([], [])
