@@ -52,7 +52,8 @@ from esper.evidence.records import Fingerprint, read_records, write_text
 from esper.evidence.utilisation import Utilisation
 from esper.shards.group import ShardGroup, groups
 from esper.shards.shard import KasminaShard, Shard, ShardSpec
-from esper.trial import Trial, TrialSpec, run_through
+from esper.supervision import run_through
+from esper.trial import Trial, TrialSpec
 from esper_experiments.on_ray import start_ray, stop_ray
 from esper_experiments.sweep import TUNE_ENVIRONMENT, SweepResult, run_sweep
 from esper_experiments.watcher import Watcher

@@ -19,13 +19,14 @@ from esper.config.base import ConfigError
 from esper.config.run import RunConfig
 from esper.controller.base import CONTROLLERS, Controller, ControllerOptions, GrowthEvent
 from esper.controller.static import StaticController
+from esper.earlier_trials import kept_events
 from esper.evidence.records import TrialRecord
 from esper.seeds.report import Report
 from esper.shards.shard import KasminaShard
 from esper.surgery.lattice import Lattice
 from esper.training.hosts import Mlp
 from esper.training.trainer import CollapseError, Trainer
-from esper.trial import Trial, TrialSpec, kept_events
+from esper.trial import Trial, TrialSpec
 
 # 0 is not among them: new units with zero weights on both sides of a ReLU never learn
 SCALES = (0.03, 0.1, 0.3, 1.0, 3.0)

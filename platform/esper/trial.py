@@ -21,23 +21,18 @@ from esper.config.run import RunConfig, build_options
 from esper.controller import CONTROLLERS, Controller, GrowthEvent, Shield
 from esper.controller.base import ControllerOptions, GrowingOptions, memory_of
 from esper.controller.replay import Replay
+from esper.earlier_trials import commanded, kept_events
 from esper.evidence.records import Fingerprint, FlagsRecord, TransitionRecord, TrialRecord
 from esper.registry import UnknownNameError
-from esper.seeds.actions import Action, Rollback
+from esper.seeds.actions import Rollback
 from esper.seeds.lifecycle import Transition
 from esper.seeds.report import Report
-from esper.seeds.state import AWAKE_STAGES, Stage
-from esper.shards.errors import RepeatedFailureError, ReplicasDifferError, ShardLostError
+from esper.seeds.state import Stage
 from esper.shards.shard import KasminaShard, Shards, ShardSpec, import_plugin
-from esper.surgery.checkpoint_folder import (
-    CheckpointError,
-    CheckpointNotWrittenError,
-    read_manifest,
-)
-from esper.surgery.growth_log import unpack_action
+from esper.surgery.checkpoint_folder import CheckpointError, read_manifest
 from esper.training.alarm import LossHistory, alarm
 from esper.training.metrics import METRICS
-from esper.training.trainer import BACK, CollapseError, Trainer
+from esper.training.trainer import CollapseError, Trainer
 
 # two arms with different salts never share a seed
 SALT_STRIDE = 1_000_003
@@ -80,6 +75,17 @@ class Trial:
         followed: Record of the followed arm of the same pair, if the arm follows one.
         replayed: Record whose decisions are taken again, in place of the controller's own.
         shards: Makes what trains; by default in this process.
+
+    Attributes:
+        controller: Who decides, behind the shield.
+        shard: What trains.
+        health: Where the shard stood at the end of the last interval.
+        curves: One value an interval of everything that is watched, by name; NaN where it was
+            not measured.
+        acted: Actions applied in this process, by kind.
+        known_collapses: Steps whose loss was no number before, too; None: whoever says so is
+            believed at once.
+        on_interval: Called after every interval, for whoever watches.
 
     Raises:
         ConfigError: If a plug-in is unknown, its options are wrong, or parts do not fit.
@@ -124,14 +130,11 @@ class Trial:
         self.curves: dict[str, list[float]] = {}
         # what ruled each interval so far
         self._ruled: list[FlagsRecord] = []
-        # actions applied in this process, by kind
         self.acted = Counter[str]()
         self._losses = LossHistory()
         self._collapse: CollapseError | None = None
-        # steps whose loss was no number before, too; None: whoever says so is believed at once
         self.known_collapses: Set[int] | None = None
         self.health = self.shard.health()
-        # called after every interval, for whoever watches
         self.on_interval: Callable[[Trial], None] = lambda trial: None
 
     @property
@@ -460,132 +463,6 @@ class Trial:
             "seeds_rolled_back": float(ends[Stage.ROLLED_BACK]),
             "vetoes": float(len(self.controller.vetoes)),
         }
-
-
-def run_through(
-    trial: Trial,
-    folder: str | Path | None = None,
-    *,
-    every: int = 10,
-    retries: int = 0,
-    again: Shards | None = None,
-    on_interval: Callable[[Trial], None] = lambda trial: None,
-    on_lost: Callable[[Exception], None] = lambda error: None,
-    on_unwritten: Callable[[CheckpointNotWrittenError], None] | None = None,
-) -> tuple[Trial, TrialRecord]:
-    """Run a trial to its end; when its shards fail, go on from the last checkpoint with new ones.
-
-    What was trained since then is trained again, bit for bit on as many devices of the same kind;
-    no decision is lost. Checkpoints are written while the trial goes on: a failure in the middle of
-    one costs the steps since the one before.
-
-    A failure is a lost shard, shards that are not equal any more, and, with several shards, a loss
-    that is no number: one of them may be broken. If that comes again at the same step, it is the
-    model's, and treated as in a trial of one shard.
-
-    Args:
-        trial: The trial, at its start or resumed.
-        folder: Where checkpoints go; None: there are none, and a failure ends the run.
-        every: Intervals from one checkpoint to the next; there is always one at the end.
-        retries: How often it may go on so. There is then a checkpoint before the first interval.
-        again: Makes the shards that replace those that failed; None: as the trial's own.
-        on_interval: Called after every interval; after a failure with what is run again, too.
-        on_lost: Called with the failure before the trial goes on from a checkpoint.
-        on_unwritten: Called when a checkpoint could not be written, after which the trial goes on
-            with the former one; None: that ends the run. The first must be written.
-
-    Returns:
-        The trial that ended, which is another object after a failure, and its record.
-
-    Raises:
-        RepeatedFailureError: If the same failure comes twice in one interval.
-        ShardLostError: If shards are lost once more than `retries` allows.
-        ReplicasDifferError: Likewise.
-        CheckpointNotWrittenError: If the disk is full or fails; see `on_unwritten`.
-    """
-
-    def settle() -> None:
-        try:
-            trial.shard.settle()
-        except CheckpointNotWrittenError as error:
-            if on_unwritten is None:
-                raise
-            on_unwritten(error)
-
-    if folder is None:
-        retries = 0
-    elif retries:
-        trial.save(folder)
-    again = again or trial.shards
-    failures: set[tuple[type[Exception], int]] = set()
-    collapses: set[int] = set()
-    failed = False
-    while True:
-        trial.known_collapses = collapses if retries else None
-        try:
-            if failed:
-                assert folder is not None
-                trial, failed = Trial.resume(folder, again), False
-                continue
-            if trial.done:
-                settle()
-                return trial, trial.record()
-            trial.run_for(0.0)
-            if folder is not None and (len(trial.curves["step"]) % every == 0 or trial.done):
-                # so that one that failed does not take the place of this one
-                settle()
-                trial.save(folder, wait=False)
-        except (ShardLostError, ReplicasDifferError, CollapseError) as error:
-            trial.shard.close()
-            if not retries:
-                raise
-            if isinstance(error, CollapseError):
-                collapses.add(error.step)
-            elif not failed:
-                # shards that cannot be replaced yet are no failure of an interval
-                failure = type(error), len(trial.curves.get("step", ()))
-                if failure in failures:
-                    raise RepeatedFailureError(failure[1] + 1, str(error)) from error
-                failures.add(failure)
-            failed, retries = True, retries - 1
-            on_lost(error)
-        else:
-            on_interval(trial)
-
-
-def kept_events(record: TrialRecord) -> tuple[GrowthEvent, ...]:
-    """What a finished trial germinated and still had at its end, in order."""
-    last: dict[tuple[str, int], TransitionRecord] = {}
-    germinated: dict[tuple[str, int], TransitionRecord] = {}
-    for t in record.transitions:
-        key = (t.site, t.seed)
-        last[key] = t
-        if t.action == "Germinate":
-            germinated[key] = t
-    awake = {stage.name for stage in AWAKE_STAGES}
-    kept = [germinated[key] for key, t in last.items() if t.after in awake]
-    kept.sort(key=lambda t: t.interval)
-    return tuple(GrowthEvent(t.interval, t.site, t.seed, t.blueprint) for t in kept)
-
-
-def commanded(record: TrialRecord, graft: str) -> dict[int, list[Action]]:
-    """The actions of a finished trial by interval, for a controller that replays them.
-
-    Args:
-        record: The trial.
-        graft: Graft strategy of its seeds, which a record does not hold.
-    """
-    actions: dict[int, list[Action]] = {}
-    for t in record.transitions:
-        # a seed that went back with the run was not commanded to
-        if t.action == "Rollback" and t.after != Stage.ROLLED_BACK.name:
-            continue
-        options = {"blueprint": t.blueprint, "graft": graft} if t.action == "Germinate" else {}
-        reason = t.reason.partition(BACK)[0]
-        fields = {"site": t.site, "seed": t.seed, "reason": reason, **options}
-        action = unpack_action({"action": t.action, "fields": fields})
-        actions.setdefault(t.interval, []).append(action)
-    return actions
 
 
 def _build_controller(

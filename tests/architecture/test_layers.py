@@ -18,7 +18,8 @@ LAYERS = (
     *("esper_kernels", "esper.seeds", "esper.surgery", "esper.training", "esper.controller"),
     "esper.shards",
     # `esper` alone is the package root, which offers what stands before it
-    *("esper.evidence", "esper.release", "esper.trial", "esper.regress"),
+    *("esper.evidence", "esper.earlier_trials", "esper.release", "esper.trial"),
+    *("esper.supervision", "esper.regress"),
     *("esper.tracking", "esper.monitoring", "esper"),
     *("esper_experiments", "esper_serve", "esper.cli", "esper_experiments.entry"),
     # scripts, no package: they import each other by bare name

@@ -16,6 +16,7 @@ from esper.config.base import ConfigError
 from esper.config.run import Plugin, RunConfig
 from esper.controller import CONTROLLERS, ControllerOptions, GrowthEvent, TamiyoOptions, Veto
 from esper.controller.base import Stateless, memory_of, remind
+from esper.earlier_trials import commanded, kept_events
 from esper.evidence.records import Fingerprint, TransitionRecord, TrialRecord
 from esper.seeds.actions import Germinate, Rollback
 from esper.seeds.blueprints import BLUEPRINTS, blueprint
@@ -24,7 +25,7 @@ from esper.surgery.checkpoint_folder import CheckpointError
 from esper.surgery.files import load, save
 from esper.training.hosts import HOSTS
 from esper.training.tasks import Spirals
-from esper.trial import SALT_STRIDE, Trial, TrialSpec, commanded, kept_events
+from esper.trial import SALT_STRIDE, Trial, TrialSpec
 
 MARK = Fingerprint(code_hash="c", commit=None, versions={"torch": "2"}, device="cpu")
 RUN = {

@@ -8,9 +8,10 @@ import torch
 from esper.config.base import ConfigError
 from esper.config.run import RunConfig
 from esper.config.sweep import Resources
+from esper.earlier_trials import kept_events
 from esper.environment import code_hash
 from esper.evidence.records import Fingerprint, write_json
-from esper.trial import Trial, TrialSpec, kept_events
+from esper.trial import Trial, TrialSpec
 from esper_experiments.on_ray import TrialWorker
 from esper_experiments.peers import GromoTrial, trial_of
 from esper_experiments.plan import Planned, read_record, record_path

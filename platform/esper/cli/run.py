@@ -35,9 +35,9 @@ def run_once(
 ) -> None:
     """Train, log to MLflow, print the final metrics, and save the model if asked."""
     console = Console()
+    from esper.supervision import run_through
     from esper.tracking.mlflow_sink import log_single
     from esper.tracking.reach import require_reachable
-    from esper.trial import run_through
 
     require_reachable(tracking_uri)
     metrics = _serve_metrics(trial, metrics_port)

@@ -18,7 +18,8 @@ import torch
 
 from esper.config.run import RunConfig
 from esper.evidence.records import Fingerprint
-from esper.trial import Trial, TrialSpec, run_through
+from esper.supervision import run_through
+from esper.trial import Trial, TrialSpec
 
 MARK = Fingerprint(code_hash="c", commit=None, versions={"torch": "2"}, device="cpu")
 

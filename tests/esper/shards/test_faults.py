@@ -28,9 +28,10 @@ from esper.shards.errors import (
     ShardMemoryError,
 )
 from esper.shards.group import groups, replacements
+from esper.supervision import run_through
 from esper.surgery.checkpoint_folder import CheckpointNotWrittenError, read_manifest
 from esper.training.trainer import CollapseError
-from esper.trial import Trial, run_through
+from esper.trial import Trial
 
 
 def finished(trial):

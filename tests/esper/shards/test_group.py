@@ -17,7 +17,8 @@ from esper.seeds.lifecycle import IllegalTransitionError
 from esper.shards.errors import ShardLostError
 from esper.shards.group import ShardGroup, groups
 from esper.shards.shard import KasminaShard, ShardSpec
-from esper.trial import Trial, run_through
+from esper.supervision import run_through
+from esper.trial import Trial
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

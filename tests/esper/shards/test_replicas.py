@@ -14,7 +14,8 @@ from esper.shards.errors import ReplicasDifferError
 from esper.shards.group import ShardGroup, groups
 from esper.shards.replica import Replica, ReplicaTrainer
 from esper.shards.shard import KasminaShard, ShardSpec
-from esper.trial import Trial, run_through
+from esper.supervision import run_through
+from esper.trial import Trial
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -20,7 +20,8 @@ from esper.shards.errors import ReplicasDifferError
 from esper.shards.group import ShardGroup, groups
 from esper.shards.seed_parallel import split_sites
 from esper.shards.shard import KasminaShard, ShardSpec
-from esper.trial import Trial, run_through
+from esper.supervision import run_through
+from esper.trial import Trial
 
 HIDDEN = {"host": {"name": "mlp", "options": {"hidden": [8, 8, 8]}},
           "lattice": [{"sites": "fc1", "seeds_per_layer": 4, "hidden": 4},
