@@ -1,4 +1,9 @@
-"""Hand-made reports: every value is measured and unremarkable unless a test says otherwise."""
+"""Hand-made reports, and what two runs must have in common.
+
+Every value of a report is measured and unremarkable unless a test says otherwise.
+"""
+
+import json
 
 import numpy as np
 import pytest
@@ -45,3 +50,17 @@ def make_site():
 @pytest.fixture
 def make_report():
     return report_of
+
+
+def untimed(record):
+    """A record without what no two runs have in common."""
+    content = json.loads(record.model_dump_json(exclude={"started_at", "ended_at"}))
+    for timed in ("train_seconds", "growth_seconds"):
+        del content["metrics"][timed]
+    del content["curves"]["train_seconds"]
+    return content
+
+
+@pytest.fixture
+def without_times():
+    return untimed

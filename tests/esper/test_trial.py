@@ -628,14 +628,6 @@ RUNS = {
 }  # fmt: skip
 
 
-def untimed(record):
-    content = json.loads(record.model_dump_json(exclude={"started_at", "ended_at"}))
-    for timed in ("train_seconds", "growth_seconds"):
-        del content["metrics"][timed]
-    del content["curves"]["train_seconds"]
-    return content
-
-
 def state(run):
     trainer = run.trainer
     tensors = trainer.model.state_dict()
@@ -646,10 +638,10 @@ def state(run):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_trial_is_the_undisturbed_one_bit_for_bit(tmp_path, name):
+def test_a_resumed_trial_is_the_undisturbed_one_bit_for_bit(tmp_path, name, without_times):
     run = poisoned(*RUNS[name]) if name == "poisoned" else trial(*RUNS[name])
     run.run_for(math.inf)
-    expected, end = untimed(run.record()), state(run)
+    expected, end = without_times(run.record()), state(run)
     saving = poisoned(*RUNS[name]) if name == "poisoned" else trial(*RUNS[name])
     saved_at, intervals = [0, 1, 4, 9], 0
     for interval in saved_at:
@@ -667,7 +659,7 @@ def test_a_resumed_trial_is_the_undisturbed_one_bit_for_bit(tmp_path, name):
             Poison.layer = again.trainer.lattice.layer("fc1")
         again.run_for(math.inf)
         record = again.record()
-        assert untimed(record) == expected, interval
+        assert without_times(record) == expected, interval
         there = state(again)
         assert there.keys() == end.keys()
         assert [k for k, v in there.items() if not torch.equal(v, end[k])] == [], interval
@@ -676,7 +668,7 @@ def test_a_resumed_trial_is_the_undisturbed_one_bit_for_bit(tmp_path, name):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_rollback_and_a_resumed_trial_on_a_gpu(tmp_path):
+def test_a_rollback_and_a_resumed_trial_on_a_gpu(tmp_path, without_times):
     """Dropout draws from the GPU's own generator."""
     options = SPIRALS, planter("poison_nan"), DROPOUT, {"device": "cuda"}
     run = trial(*options)
@@ -692,7 +684,7 @@ def test_a_rollback_and_a_resumed_trial_on_a_gpu(tmp_path):
     again = Trial.resume(tmp_path)
     Poison.layer = again.trainer.lattice.layer("fc1")
     again.run_for(math.inf)
-    assert untimed(again.record()) == untimed(run.record())
+    assert without_times(again.record()) == without_times(run.record())
     assert run.controller.incidents == 1
 
 
@@ -707,29 +699,31 @@ def test_what_a_rollback_goes_back_to_is_in_the_checkpoint(tmp_path):
     assert (kept.step, kept.note) == (100, json.loads(json.dumps(run.trainer.past[0].note)))
 
 
-def test_a_trial_that_has_ended_can_be_resumed_too(tmp_path, grown):
+def test_a_trial_that_has_ended_can_be_resumed_too(tmp_path, grown, without_times):
     grown[0].save(tmp_path / "well")
-    assert untimed(Trial.resume(tmp_path / "well").record()) == untimed(grown[1])
+    assert without_times(Trial.resume(tmp_path / "well").record()) == without_times(grown[1])
     run = poisoned(planter("poison_nan", max_rollbacks=0))
     run.run_for(math.inf)
     run.save(tmp_path / "badly")
     again = Trial.resume(tmp_path / "badly")
     assert again.done
-    assert untimed(again.record()) == untimed(run.record())
+    assert without_times(again.record()) == without_times(run.record())
 
 
 @pytest.mark.parametrize("follower", [
     {"follow": "esper", "start": "grown"},
     {"follow": "esper", "controller": {"name": "random"}},
 ])  # fmt: skip
-def test_a_trial_that_follows_another_is_resumed_without_it(tmp_path, grown, follower):
+def test_a_trial_that_follows_another_is_resumed_without_it(
+    tmp_path, grown, follower, without_times
+):
     run = trial(follower, followed=grown[1])
     run.run_for(0)
     run.save(tmp_path)
     run.run_for(math.inf)
     again = Trial.resume(tmp_path)
     again.run_for(math.inf)
-    assert untimed(again.record()) == untimed(run.record())
+    assert without_times(again.record()) == without_times(run.record())
 
 
 def test_vetoes_and_the_lattices_own_log_survive(tmp_path):

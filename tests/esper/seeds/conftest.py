@@ -14,6 +14,19 @@ from esper.seeds.state import Stage
 MAIN_PATH = [Promote, *[Advance] * 5]
 ENDS = {Stage.CULLED: Cull, Stage.CANCELLED: Cancel, Stage.ROLLED_BACK: Rollback}
 
+# seed 0 goes the main path; seed 1 is culled and its slot used again
+STORY = [
+    [Germinate("", 0, "mlp_gelu"), Germinate("", 1, "low_rank")],
+    [Promote("", 0), Promote("", 1)],
+    [Advance("", 0), Advance("", 1)],
+    [Advance("", 0), Cull("", 1)],
+    [Advance("", 0), Advance("", 1)],
+    [Advance("", 0), Germinate("", 1, "mlp_silu", "cosine")],
+    [Advance("", 0), Promote("", 1)],
+    [Advance("", 1)],
+    [Advance("", 1)],
+]
+
 
 def lead(lattice, site, seed, stage, blueprint="mlp_gelu", graft="linear"):
     """Commands a dormant seed all the way to a stage."""
@@ -53,6 +66,8 @@ class LinearHost(nn.Module):
 class Bench:
     """A host, its twin without a lattice, a batch, and one site."""
 
+    story = STORY
+
     def __init__(self, kind, geometry, **attach_options):
         torch.manual_seed(0)
         self.model = ConvHost() if kind == "conv" else LinearHost()
@@ -67,6 +82,10 @@ class Bench:
 
     def lead(self, seed, stage, **options):
         lead(self.lattice, self.site, seed, stage, **options)
+
+    def tell(self, actions):
+        """Commands for the one site, which they need not name."""
+        self.lattice.apply([type(a)(**{**vars(a), "site": self.site}) for a in actions])
 
     def loss(self, model=None):
         return (((model or self.model)(self.x)) - self.target).square().mean()

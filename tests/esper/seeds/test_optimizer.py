@@ -12,7 +12,7 @@ from torch import nn
 import esper
 from esper import SeedOptimizer, attach
 from esper.config.run import GrowthConfig
-from esper.seeds.actions import Advance, Cull, Germinate, Promote
+from esper.seeds.actions import Advance, Germinate, Promote
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.state import BLUEPRINT, SeedState, Stage
 from esper_kernels.ops.dispatch import INTERPRET, force_triton
@@ -36,28 +36,11 @@ KINDS = {
         lambda p: torch.optim.SGD(p, lr=0.005, momentum=0.9, weight_decay=0.1),
     ),
 }
-# seed 0 goes the main path; seed 1 is culled and its slot used again
-STORY = [
-    [Germinate("", 0, "mlp_gelu"), Germinate("", 1, "low_rank")],
-    [Promote("", 0), Promote("", 1)],
-    [Advance("", 0), Advance("", 1)],
-    [Advance("", 0), Cull("", 1)],
-    [Advance("", 0), Advance("", 1)],
-    [Advance("", 0), Germinate("", 1, "mlp_silu", "cosine")],
-    [Advance("", 0), Promote("", 1)],
-    [Advance("", 1)],
-    [Advance("", 1)],
-]
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
 def kind_of(request):
     return request.param
-
-
-def tell(b, actions):
-    """Commands for the bench's one site."""
-    b.lattice.apply([type(a)(**{**vars(a), "site": b.site}) for a in actions])
 
 
 def train(b, optimizer, steps):
@@ -97,9 +80,9 @@ def test_a_whole_life_is_that_of_the_guarded_optimizer_of_torch(
         # the guard corrects the moments of a late seed, and not the eps added to them
         group["eps"] = 1e-15
     identity = [t.data_ptr() for t in rows_of(ours.layer, ours_step)]
-    for actions in STORY:
-        tell(ours, actions)
-        tell(theirs, actions)
+    for actions in ours.story:
+        ours.tell(actions)
+        theirs.tell(actions)
         for _ in range(7):
             ours.model.zero_grad()
             ours.loss().backward()
@@ -113,8 +96,8 @@ def test_a_whole_life_is_that_of_the_guarded_optimizer_of_torch(
         for name in ("alpha", "progress", "ramped_steps", "fresh"):
             mine, wanted = getattr(ours.layer, name), getattr(theirs.layer, name)
             assert torch.equal(mine, wanted), name
-    assert ours.layer.steps == theirs.layer.steps == 7 * len(STORY)
-    assert ours_step.steps(ours.layer).tolist() == [7 * len(STORY)]
+    assert ours.layer.steps == theirs.layer.steps == 7 * len(ours.story)
+    assert ours_step.steps(ours.layer).tolist() == [7 * len(ours.story)]
     assert not ours.layer.starved
     # nothing was rebuilt
     assert [t.data_ptr() for t in rows_of(ours.layer, ours_step)] == identity
@@ -161,7 +144,7 @@ def test_a_seed_woken_late_is_corrected_for_its_own_age(bench):
     b.lead(0, Stage.FINE_TUNING)
     optimizer = SeedOptimizer(b.lattice, lr=0.1)
     train(b, optimizer, 30)
-    tell(b, [Germinate("", 1, "mlp_gelu"), Promote("", 1)])
+    b.tell([Germinate("", 1, "mlp_gelu"), Promote("", 1)])
     assert not b.layer.w_out[1].any()
     train(b, optimizer, 1)
     # from 0, and the first step of Adam is the rate, whatever the gradient

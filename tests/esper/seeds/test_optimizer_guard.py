@@ -21,28 +21,11 @@ OPTIMIZERS = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, weight_decay=0.1),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01, weight_decay=0.1),
 }
-# seed 0 goes the main path; seed 1 is culled and its slot used again
-STORY = [
-    [Germinate("", 0, "mlp_gelu"), Germinate("", 1, "low_rank")],
-    [Promote("", 0), Promote("", 1)],
-    [Advance("", 0), Advance("", 1)],
-    [Advance("", 0), Cull("", 1)],
-    [Advance("", 0), Advance("", 1)],
-    [Advance("", 0), Germinate("", 1, "mlp_silu", "cosine")],
-    [Advance("", 0), Promote("", 1)],
-    [Advance("", 1)],
-    [Advance("", 1)],
-]
 
 
 @pytest.fixture(params=OPTIMIZERS)
 def make_optimizer(request):
     return OPTIMIZERS[request.param]
-
-
-def tell(b, actions):
-    """Commands for the bench's one site."""
-    b.lattice.apply([type(a)(**{**vars(a), "site": b.site}) for a in actions])
 
 
 def rows_of(layer, optimizer):
@@ -76,8 +59,8 @@ def test_a_whole_life_rebuilds_nothing_and_moves_only_the_awake(bench, geometry,
     b.train(optimizer, 2)
     before_all = identity(b, optimizer)
     keys = None
-    for actions in STORY:
-        tell(b, actions)
+    for actions in b.story:
+        b.tell(actions)
         b.train(optimizer, 1)
         before = rows_of(b.layer, optimizer)
         b.train(optimizer, 6)
@@ -128,10 +111,10 @@ def test_a_reused_slot_starts_with_moments_of_0(bench, geometry, make_optimizer)
     b.lead(1, Stage.FINE_TUNING)
     b.train(optimizer, 5)
     assert moments_of(b.layer, optimizer, 0).any()
-    tell(b, [Cull("", 0)])
+    b.tell([Cull("", 0)])
     b.train(optimizer, 2)
     assert moments_of(b.layer, optimizer, 0).any()
-    tell(b, [Advance("", 0), Germinate("", 0, "mlp_relu")])
+    b.tell([Advance("", 0), Germinate("", 0, "mlp_relu")])
     b.train(optimizer, 1)
     assert not moments_of(b.layer, optimizer, 0).any()
     assert moments_of(b.layer, optimizer, 1).any()
@@ -142,13 +125,13 @@ def test_old_moments_are_forgotten_also_where_the_first_step_trains(bench, geome
     optimizer = OPTIMIZERS["adamw"](b.model.parameters())
     b.lead(0, Stage.FINE_TUNING)
     b.train(optimizer, 5)
-    tell(b, [Cull("", 0)])
-    tell(b, [Advance("", 0), Germinate("", 0, "mlp_relu"), Promote("", 0)])
+    b.tell([Cull("", 0)])
+    b.tell([Advance("", 0), Germinate("", 0, "mlp_relu"), Promote("", 0)])
     b.train(optimizer, 1)
     for p in b.layer.pool():
         torch.testing.assert_close(optimizer.state[p]["exp_avg"][0], 0.1 * p.grad[0])
 
-    tell(b, [Advance("", 0)])
+    b.tell([Advance("", 0)])
     # at alpha 0 the first step of a graft has no gradient yet
     b.train(optimizer, 2)
     for p in b.layer.pool():
@@ -161,8 +144,8 @@ def test_what_is_to_be_forgotten_survives_a_checkpoint(bench):
     optimizer = OPTIMIZERS["adamw"](b.model.parameters())
     b.lead(0, Stage.FINE_TUNING)
     b.train(optimizer, 5)
-    tell(b, [Cull("", 0)])
-    tell(b, [Advance("", 0), Germinate("", 0, "mlp_relu")])
+    b.tell([Cull("", 0)])
+    b.tell([Advance("", 0), Germinate("", 0, "mlp_relu")])
     saved = copy.deepcopy((b.model.state_dict(), optimizer.state_dict()))
     b.train(optimizer, 3)
     b.model.load_state_dict(saved[0])
@@ -204,8 +187,8 @@ def test_a_pool_spread_over_several_optimizers(bench):
         step()
     assert b.layer.steps == 5
     assert float(b.layer.alpha[1]) == 0.5
-    tell(b, [Cull("", 0)])
-    tell(b, [Advance("", 0), Germinate("", 0, "mlp_relu")])
+    b.tell([Cull("", 0)])
+    b.tell([Advance("", 0), Germinate("", 0, "mlp_relu")])
     step()
     moments = [o.state[p]["exp_avg"][0] for o in optimizers for p in (w_in, bias, w_out)
                if p in o.state]  # fmt: skip

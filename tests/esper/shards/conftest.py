@@ -1,6 +1,8 @@
 """Small runs that grow, for shards of every kind."""
 
-import json
+import math
+import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -33,13 +35,32 @@ def run_config(**changes):
     return RunConfig.model_validate(RUN | changes)
 
 
-def untimed(record):
-    """A record without what no two runs have in common."""
-    content = json.loads(record.model_dump_json(exclude={"started_at", "ended_at"}))
-    for timed in ("train_seconds", "growth_seconds"):
-        del content["metrics"][timed]
-    del content["curves"]["train_seconds"]
-    return content
+def finish(trial):
+    """The record of a trial that runs to its end; its shards are closed."""
+    trial.run_for(math.inf)
+    record = trial.record()
+    trial.shard.close()
+    return record
+
+
+def moves(record):
+    """What became of the seeds, without the reasons."""
+    return [(t.interval, t.site, t.seed, t.before, t.after) for t in record.transitions]
+
+
+def until_ended(pids, wait_s=20.0):
+    """Processes that are only not yet collected have ended."""
+    deadline = time.monotonic() + wait_s
+    while left := [pid for pid in pids if alive(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="package")
@@ -61,5 +82,15 @@ def spec():
 
 
 @pytest.fixture
-def without_times():
-    return untimed
+def finished():
+    return finish
+
+
+@pytest.fixture
+def steps():
+    return moves
+
+
+@pytest.fixture
+def require_ended():
+    return until_ended

@@ -34,13 +34,6 @@ from esper.training.trainer import CollapseError
 from esper.trial import Trial
 
 
-def finished(trial):
-    trial.run_for(math.inf)
-    record = trial.record()
-    trial.shard.close()
-    return record
-
-
 def decisions(record):
     return [(t.interval, t.site, t.seed, t.before, t.after, t.reason) for t in record.transitions]
 
@@ -89,21 +82,6 @@ def in_actor(rank, plant):
     return lambda trial: ray.get(trial.shard._actors[rank].__ray_call__.remote(plant))
 
 
-def require_ended(pids, wait_s=20.0):
-    """Processes that are only not yet collected have ended."""
-    deadline = time.monotonic() + wait_s
-    while left := [pid for pid in pids if alive(pid)]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 class Occupied:
     """CPUs of the cluster that another takes as soon as they are free."""
 
@@ -128,7 +106,7 @@ def others():
 
 
 def test_a_run_goes_on_with_fewer_shards_if_there_is_no_room_for_all(
-    disturbed, others, make_config, spec
+    disturbed, others, make_config, spec, finished
 ):
     """It takes the decisions of the whole, computes within rounding, and tells what it did."""
     record, (error,) = disturbed(
@@ -150,7 +128,7 @@ def test_a_run_that_may_not_shrink_waits_for_room_and_ends_when_there_is_none(di
 
 @pytest.mark.slow
 def test_a_run_gets_all_its_shards_again_when_their_room_comes_back(
-    disturbed, others, make_config, spec, without_times
+    disturbed, others, make_config, spec, without_times, finished
 ):
     def lost(error):
         if isinstance(error, NoRoomError):
@@ -176,7 +154,7 @@ def test_an_unknown_policy_is_refused():
 
 @pytest.mark.slow
 def test_a_replica_whose_loss_is_no_number_costs_a_repetition_and_no_seed(
-    disturbed, make_config, spec, without_times
+    disturbed, make_config, spec, without_times, finished
 ):
     """The broken one spoils the others through the mean of the gradients."""
 
@@ -214,7 +192,7 @@ def test_a_loss_that_is_no_number_again_is_the_models_own(disturbed):
 
 @pytest.mark.slow
 def test_replicas_that_differ_go_back_to_the_last_checkpoint(
-    disturbed, make_config, spec, without_times
+    disturbed, make_config, spec, without_times, finished
 ):
     def plant(actor):
         actor._shard.trainer.model.out.bias.data[0] += 1e-6
@@ -272,7 +250,7 @@ def fill(disk):
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on(
-    make_config, spec, without_times, small_disk
+    make_config, spec, without_times, small_disk, finished
 ):
     here, state, errors = finished(Trial(make_config(), spec)), small_disk / "state", []
 
@@ -320,7 +298,7 @@ def test_a_file_size_limit_is_told_as_a_full_disk_is(make_config, spec, tmp_path
 
 @pytest.mark.slow
 def test_a_shard_that_is_lost_while_the_disk_is_full_costs_no_more_than_steps(
-    disturbed, make_config, spec, without_times, small_disk
+    disturbed, make_config, spec, without_times, small_disk, finished
 ):
     def disturb(trial):
         for do in disturbances:
@@ -362,7 +340,7 @@ def test_a_driver_killed_at_random_moments_goes_on_bit_for_bit(make_config, tmp_
 
 @pytest.mark.slow
 def test_a_hung_shard_of_two_is_given_up_though_the_other_waits_for_it(
-    disturbed, make_config, spec, without_times
+    disturbed, make_config, spec, without_times, finished, require_ended
 ):
     """The watchdog's time passes in the middle of a collective; no process stays behind."""
     pids = []
@@ -382,7 +360,9 @@ def test_a_hung_shard_of_two_is_given_up_though_the_other_waits_for_it(
 
 
 @pytest.mark.slow
-def test_memory_that_runs_out_once_costs_a_repetition(disturbed, make_config, spec, without_times):
+def test_memory_that_runs_out_once_costs_a_repetition(
+    disturbed, make_config, spec, without_times, finished
+):
     """Really: the process may not have what it asks for."""
 
     def plant(actor):
@@ -414,7 +394,9 @@ ESPER = "from esper_experiments.entry import main; main()"
 
 
 @pytest.mark.slow
-def test_nothing_outlives_a_killed_driver_and_its_run_is_resumed(tmp_path, make_config):
+def test_nothing_outlives_a_killed_driver_and_its_run_is_resumed(
+    tmp_path, make_config, require_ended
+):
     """`esper run --shards 1` is killed while actors train: Ray and the actors end with it."""
     config = make_config().model_dump(mode="json", exclude_defaults=True)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))

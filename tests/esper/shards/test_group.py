@@ -1,12 +1,9 @@
 """Shards in real Ray actors: the same results, the same errors, and what happens when one dies."""
 
-import math
 import os
 import pickle
 import re
 import signal
-import time
-from pathlib import Path
 
 import pytest
 
@@ -37,15 +34,8 @@ def make_group(make_config):
         group.close()
 
 
-def finished(trial):
-    trial.run_for(math.inf)
-    record = trial.record()
-    trial.shard.close()
-    return record
-
-
 def test_a_trial_in_an_actor_is_the_one_in_this_process_bit_for_bit(
-    make_config, spec, without_times
+    make_config, spec, without_times, finished
 ):
     here = finished(Trial(make_config(), spec))
     there = Trial(make_config(), spec, shards=groups(ShardsConfig()))
@@ -90,7 +80,7 @@ def test_what_cannot_be_built_says_why(make_group):
     "signal_", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
 )
 def test_a_trial_that_loses_its_shard_is_the_undisturbed_one_bit_for_bit(
-    make_config, spec, without_times, tmp_path, signal_
+    make_config, spec, without_times, tmp_path, signal_, finished, require_ended
 ):
     """A killed process is noticed at once, a hung one when its time is up."""
     here = finished(Trial(make_config(), spec))
@@ -111,10 +101,7 @@ def test_a_trial_that_loses_its_shard_is_the_undisturbed_one_bit_for_bit(
     (error,) = lost
     hung = "gave no answer to 'run_interval' in 3 s"
     assert re.search("died: " if signal_ == signal.SIGKILL else hung, str(error))
-    deadline = time.monotonic() + 10
-    while alive(pids[0]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not alive(pids[0])
+    require_ended(pids[:1], wait_s=10.0)
 
 
 def test_a_shard_that_is_lost_too_often_ends_the_run(make_config, spec, tmp_path):
@@ -122,11 +109,3 @@ def test_a_shard_that_is_lost_too_often_ends_the_run(make_config, spec, tmp_path
     with pytest.raises(ShardLostError, match="shard 0 died: ") as caught:
         run_through(trial, on_interval=lambda t: os.kill(t.shard.pids[0], signal.SIGKILL))
     assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
-
-
-def alive(pid):
-    """Whether the process runs; one that is only not yet collected does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False

@@ -20,17 +20,6 @@ from esper.trial import Trial
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
-def steps(record):
-    return [(t.interval, t.site, t.seed, t.before, t.after) for t in record.transitions]
-
-
-def finished(trial):
-    trial.run_for(math.inf)
-    record = trial.record()
-    trial.shard.close()
-    return record
-
-
 # a message for next to every tensor, and one for all of them
 MANY, ONE = 1e-4, 25.0
 
@@ -40,7 +29,9 @@ MANY, ONE = 1e-4, 25.0
     [(2, MANY), pytest.param(2, ONE, marks=pytest.mark.slow),
      pytest.param(4, MANY, marks=pytest.mark.slow)],
 )  # fmt: skip
-def test_several_shards_decide_as_one_does_and_lose_alike(make_config, spec, count, bucket_mib):
+def test_several_shards_decide_as_one_does_and_lose_alike(
+    make_config, spec, count, bucket_mib, finished, steps
+):
     """Seeds that learn alone included, whose objective is no mean over the batch."""
     config = make_config()
     one = finished(Trial(config, spec))
@@ -117,7 +108,9 @@ def test_only_seeds_that_learn_send_gradients(make_config):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("objective", ["desired_update", "reconstruction"])
-def test_gates_on_the_explained_share_open_alike(make_config, spec, count, objective):
+def test_gates_on_the_explained_share_open_alike(
+    make_config, spec, count, objective, finished, steps
+):
     """A gate that hangs on a threshold, over 30 intervals of two spirals."""
     growth = {
         "ramp_steps": 8,
@@ -138,7 +131,7 @@ def test_gates_on_the_explained_share_open_alike(make_config, spec, count, objec
 
 @pytest.mark.slow
 def test_a_trial_that_loses_one_of_its_shards_is_the_undisturbed_one(
-    make_config, spec, without_times, tmp_path
+    make_config, spec, without_times, tmp_path, finished
 ):
     shards = groups(ShardsConfig(count=2, timeout_s=60.0, bucket_mib=MANY))
     whole = finished(Trial(make_config(), spec, shards=shards))

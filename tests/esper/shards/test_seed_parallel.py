@@ -38,17 +38,6 @@ TWO = ShardsConfig(count=2, parallel="seed", timeout_s=60.0)
 on_ray = pytest.mark.usefixtures("cluster")
 
 
-def steps(record):
-    return [(t.interval, t.site, t.seed, t.before, t.after) for t in record.transitions]
-
-
-def finished(trial):
-    trial.run_for(math.inf)
-    record = trial.record()
-    trial.shard.close()
-    return record
-
-
 @on_ray
 @pytest.mark.parametrize(("count", "changes"), [
     (2, {}),
@@ -56,7 +45,9 @@ def finished(trial):
     pytest.param(2, NORMAL, marks=pytest.mark.slow),
     pytest.param(4, NORMAL, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_shards_of_seeds_decide_as_one_shard_does_and_lose_alike(make_config, spec, count, changes):
+def test_shards_of_seeds_decide_as_one_shard_does_and_lose_alike(
+    make_config, spec, count, changes, finished, steps
+):
     """Seeds that learn alone included: each has its objective where it is computed."""
     config = make_config(**HIDDEN | changes)
     one = finished(Trial(config, spec))
@@ -168,7 +159,7 @@ def test_a_checkpoint_of_shards_is_one_of_a_single_process(pair, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_trial_that_loses_a_shard_is_the_undisturbed_one(
-    make_config, spec, without_times, tmp_path, signal_
+    make_config, spec, without_times, tmp_path, signal_, finished
 ):
     """Bit for bit, rollbacks' states and moments of split weights included."""
     shards = groups(TWO.model_copy(update={"timeout_s": 60.0 if signal_ == 9 else 25.0}))
