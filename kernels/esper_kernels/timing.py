@@ -35,6 +35,9 @@ GRAPH_S = 2e-3
 # the device waits at most this long for the host to queue a batch of calls
 MAX_LEAD_S = 0.02
 BATCH = 32
+MIN_REPEATS = 3
+# how long calls from Python are timed
+PYTHON_S = 0.5
 # of the clock that `torch.cuda._sleep` counts; too high only means a longer wait
 CLOCK_HZ = 2e9
 
@@ -69,7 +72,7 @@ def num_sets(bytes_of_one: int) -> int:
     return min(MAX_SETS, max(2, math.ceil(L2_MULTIPLE * l2_bytes / max(1, bytes_of_one)) + 1))
 
 
-def time_cold(calls: Sequence[Call], budget_s: float = 0.1, min_repeats: int = 3) -> Times:
+def time_cold(calls: Sequence[Call], budget_s: float = 0.1) -> Times:
     """Device time of one call, by events around each, over rotating inputs.
 
     The device waits while the host queues a batch of calls, so gaps that come from a slow host are
@@ -77,13 +80,12 @@ def time_cold(calls: Sequence[Call], budget_s: float = 0.1, min_repeats: int = 3
 
     Args:
         calls: The same function over different input sets.
-        budget_s: Device time to spend.
-        min_repeats: Samples to take even if that takes longer.
+        budget_s: Device time to spend; at least three samples are taken.
     """
     if not torch.cuda.is_available():
-        return _time_on_cpu(calls, min_repeats)
+        return _time_on_cpu(calls)
     host_s, total_s = _warm_up(calls)
-    repeats = int(min(max(min_repeats, budget_s / total_s), 400))
+    repeats = int(min(max(MIN_REPEATS, budget_s / total_s), 400))
     kept: deque[object] = deque(maxlen=len(calls))
     samples: list[float] = []
     while len(samples) < repeats:
@@ -111,7 +113,7 @@ def time_replayed(calls: Sequence[Call], budget_s: float = 0.1) -> Times:
         RuntimeError: If the calls cannot be captured.
     """
     if not torch.cuda.is_available():
-        return _time_on_cpu(calls, 3)
+        return _time_on_cpu(calls)
     _, total_s = _warm_up(calls)
     rounds = max(1, math.ceil(GRAPH_S / (total_s * len(calls))))
     graph = torch.cuda.CUDAGraph()
@@ -133,13 +135,13 @@ def time_replayed(calls: Sequence[Call], budget_s: float = 0.1) -> Times:
     return Times.of(samples)
 
 
-def time_from_python(call: Call, budget_s: float = 0.5, calls_per_sample: int = 200) -> Times:
+def time_from_python(call: Call, calls_per_sample: int) -> Times:
     """Wall time of one call, issued back to back from Python: the slower of host and device."""
     for _ in range(10):
         call()
     synchronize()
     samples: list[float] = []
-    end_s = time.perf_counter() + budget_s
+    end_s = time.perf_counter() + PYTHON_S
     while len(samples) < 5 or time.perf_counter() < end_s:
         start_s = time.perf_counter()
         for _ in range(calls_per_sample):
@@ -249,9 +251,9 @@ def _warm_up(calls: Sequence[Call]) -> tuple[float, float]:
     return queued_s / done, (time.perf_counter() - start_s) / done
 
 
-def _time_on_cpu(calls: Sequence[Call], repeats: int) -> Times:
+def _time_on_cpu(calls: Sequence[Call]) -> Times:
     samples = []
-    for i in range(repeats):
+    for i in range(MIN_REPEATS):
         start_s = time.perf_counter()
         calls[i % len(calls)]()
         samples.append(1e6 * (time.perf_counter() - start_s))

@@ -17,12 +17,11 @@ from esper.environment import nvml_handle
 PCI = Path("/sys/bus/pci/devices")
 
 
-def stay_near(device: str, pci: Path = PCI) -> frozenset[int]:
+def stay_near(device: str) -> frozenset[int]:
     """Keep this thread, and those that it starts from now on, on the CPUs near a device.
 
     Args:
         device: Of torch.
-        pci: Where the system tells about its PCI devices.
 
     Returns:
         The CPUs; empty if nothing was changed.
@@ -30,7 +29,7 @@ def stay_near(device: str, pci: Path = PCI) -> frozenset[int]:
     place = torch.device(device)
     if place.type != "cuda":
         return frozenset()
-    return stay_on(near(_address(place), pci))
+    return stay_on(near(_address(place)))
 
 
 def stay_on(cpus: frozenset[int]) -> frozenset[int]:
