@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -304,17 +304,15 @@ class Trainer:
         """The lattice's report; what measuring for new seeds takes is counted."""
         if not math.isfinite(loss):
             raise CollapseError(self.step, f"training loss {loss}")
-        wanted = self.measures and self.lattice.growth.measured_samples
+        measured = self.lattice.growth.measured_samples
+        measures = self.measures and measured and self.lattice.attached
         affordable = self._affordable_parameters()
-        if not wanted or not self.lattice.attached:
-            return self.lattice.report(
-                loss, self._held_out_losses, affordable_parameters=affordable
-            )
         try:
-            with self._growing():
+            with self._growing() if measures else nullcontext():
                 return self.lattice.report(
-                    loss, self._held_out_losses, self._measured_loss, affordable
-                )
+                    loss, self._held_out_losses, self._measured_loss if measures else None,
+                    affordable,
+                )  # fmt: skip
         except NotFiniteError as error:
             raise CollapseError(self.step, str(error)) from error
 
