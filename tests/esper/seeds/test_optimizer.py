@@ -358,10 +358,12 @@ def test_without_gradients_the_grafts_move_and_no_weight(bench):
 def test_an_optimizer_that_outlives_its_lattice_has_nothing_to_do(bench):
     b = bench("linear", "chunk")
     optimizer = SeedOptimizer(b.lattice)
+    pool = [weights.fill_(1.0) for weights in map(torch.Tensor.detach, b.layer.pool())]
     b.lattice.detach()
     del b.layer
     optimizer.zero_grad()
     optimizer.step()
+    assert all((weights == 1).all() for weights in pool)
 
 
 def test_parameters_that_were_replaced_are_found_out(bench):
