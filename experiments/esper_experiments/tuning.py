@@ -20,7 +20,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from esper.config.base import ConfigError
 from esper.config.tune import Domain, TuneConfig, shown
 from esper.environment import code_hash, fingerprint
-from esper.evidence.records import Fingerprint, TrialRecord, write_json, write_text
+from esper.evidence.records import Fingerprint, TrialRecord, read_json, write_json, write_text
 from esper.shards.group import groups
 from esper.shards.shard import KasminaShard
 from esper.tracking.mlflow_sink import MlflowSink
@@ -337,7 +337,8 @@ def _scheduler(search: TuneConfig, space: Mapping[str, Any]) -> Any:
 def records_of(found: Found) -> list[TrialRecord]:
     """The records of the candidates that ran to their end."""
     paths = sorted((found.folder / "trials").glob("candidate-*.json"))
-    return [TrialRecord.model_validate_json(path.read_text("utf-8")) for path in paths]
+    remedy = "delete the file to run that candidate again"
+    return [read_json(path, TrialRecord, remedy=remedy) for path in paths]
 
 
 def log_candidates(search: TuneConfig, found: Found) -> None:
