@@ -4,9 +4,6 @@
 starts anything.
 """
 
-import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +13,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from esper.cli.codes import UNHEALTHY
+from esper.cli.output import say, write_result
 from esper.cli.status import board, duration
 from esper.config.base import ConfigError
 from esper.config.sweep import SweepConfig, load_sweep
@@ -56,7 +55,7 @@ def run_ab(config: Path, json_file: Path | None) -> int:
     if json_file is not None:
         write_result(json_file, to_json(result))
         console.print(f"JSON: {json_file}")
-    return 5 if result.verdicts[0].verdict == "UNHEALTHY" else 0
+    return UNHEALTHY if result.verdicts[0].verdict == "UNHEALTHY" else 0
 
 
 def verify_ab(
@@ -284,12 +283,6 @@ def _sound(
     return result.records, result.registration, result.verdicts
 
 
-def write_result(path: Path, content: dict[str, Any]) -> None:
-    """Write what `--json` asks for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 class SweepProgress(Watcher):
     """A live table on a terminal; one line a trial elsewhere."""
 
@@ -321,7 +314,7 @@ class SweepProgress(Watcher):
         if self._console.is_terminal:
             return
         left = progress.seconds_left
-        _say(
+        say(
             f"[{_ended(progress)}/{len(progress.trials)}] {record.trial_id}: "
             f"{self._metric} {record.metrics[self._metric]:.4g}, "
             f"{record.metrics['parameters']:.0f} parameters, "
@@ -336,14 +329,6 @@ def _ended(progress: "Progress") -> int:
 
 def _left(seconds: float | None) -> str:
     return "" if seconds is None else f"; about {duration(seconds)} left"
-
-
-def _say(line: str) -> None:
-    """Print a line; a sweep goes on when nobody reads any more, as in `esper ab ... | head`."""
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show(console: Console, sweep: SweepConfig, result: "SweepResult") -> None:

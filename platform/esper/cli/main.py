@@ -3,7 +3,8 @@
 Exit codes: 0 done (whatever the verdict), 1 a check of `doctor` or `regress` failed, two logs
 differ or a stored sweep is not what it was, 2 a wrong command line or configuration, 3 something
 this command needs is missing or cannot be reached, 4 trials are missing and the same command
-continues, 5 the verdict is UNHEALTHY, 130 interrupted. `esper rollout step` and `esper gate` tell
+continues, 5 the verdict is UNHEALTHY, 130 interrupted,
+141 what it printed was not read to its end. `esper rollout step` and `esper gate` tell
 their decision instead: 0 ADVANCE, 10 HOLD, 20 ROLLBACK, 30 INCONCLUSIVE. So does `esper baseline
 compare`: 0 nothing is worse, 10 suspected, 20 worse twice, 30 inconclusive. `esper submit`
 gives the exit code of its job.
@@ -370,9 +371,9 @@ def doctor(
 ) -> None:
     """Check this installation, and say what to do about each problem."""
     _begin("checking this machine; starting Ray takes most of the ten seconds")
-    from esper.cli.doctor import doctor_command
+    from esper.cli.doctor import run_doctor
 
-    doctor_command(tracking_uri, json_file)
+    raise typer.Exit(run_doctor(tracking_uri, json_file))
 
 
 submission = typer.Typer(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from esper.cli.output import write_result
 from esper.config.base import ConfigError
 from esper.config.run import load_run
 from esper.environment import fingerprint
@@ -73,7 +74,7 @@ def run_once(
     console.print(f"MLflow run {run_id} in {tracking_uri}")
     if json_file is not None:
         content = json.loads(record.model_dump_json()) | {"mlflow_run_id": run_id}
-        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_result(json_file, content)
 
 
 def _serve_metrics(trial: "Trial", port: int | None) -> "Callable[[Trial], None]":

@@ -4,9 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
-from esper.cli.main import app
+from tests.esper.cli.conftest import esper
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -19,7 +17,7 @@ def config(tmp_path):
 
 
 def explain(config, key, env=None):
-    return CliRunner().invoke(app, ["config", "explain", key, "--config", str(config)], env=env)
+    return esper("config", "explain", key, "--config", config, env=env)
 
 
 @pytest.mark.parametrize(

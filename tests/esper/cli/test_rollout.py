@@ -7,19 +7,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from tests.esper.cli.conftest import esper
 
-from esper.cli.main import app
 from esper.release.flags import load_flags
 from esper.release.judge import IntervalMeasurements, PhaseMeasurements, Series
 from esper.release.phases import Quantity, load_migration
 from esper.release.rollout import flags_hash, read, state_of
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-
-
-def esper(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 class Here:

@@ -8,12 +8,11 @@ import sys
 from copy import copy
 
 import pytest
-from typer.testing import CliRunner
+from tests.esper.cli.conftest import esper
 
-from esper.cli.main import app
 from esper.config.base import ConfigError
 from esper.config.sweep import SweepConfig
-from esper.evidence.records import Registration, canonical_hash, read_records, write_json
+from esper.evidence.records import Registration, read_records, write_json
 from esper.evidence.search import search_records
 from esper.evidence.verdict import judge_all
 from esper.evidence.verify import (
@@ -66,8 +65,7 @@ class Stored:
                 "arms": list(sweep.all_arms),
             }
         )
-        content = ("sweep", "config_hash", "question", "pairs", "arms")
-        digest = canonical_hash(draft, *content)
+        digest = draft.digest()
         registration = draft.model_copy(update={"registration_hash": digest})
         store_config(sweep, folder)
         write_json(folder / "registration.json", registration)
@@ -291,10 +289,6 @@ def test_a_sweep_is_found_by_folder_name_or_hash(stored, tmp_path):
 def test_stored_content_hashes_as_the_configuration_does(stored):
     content = json.loads((stored.folder / CONFIG).read_text())
     assert SweepConfig.model_validate(content).config_hash == stored.sweep.config_hash
-
-
-def esper(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def test_verify_tells_what_differs_and_fails(stored, tmp_path):
