@@ -1,6 +1,5 @@
 """`esper baseline` from the command line: exit codes, messages, reports, and what gates read."""
 
-import gc
 import json
 import subprocess
 import sys
@@ -23,14 +22,6 @@ ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"
 SMOKE = CONFIGS / "baselines" / "smoke.yaml"
 TARGETS = ("--targets", CONFIGS / "phases.yaml")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_heap():
-    """statsmodels' Holm collects garbage at every call: half a second over all of torch."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
