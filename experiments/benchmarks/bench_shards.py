@@ -32,6 +32,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -147,7 +148,7 @@ def main() -> int:
 
 def actor(scale: Scale) -> Iterator[Row]:
     """One shard in this process and one in an actor take turns on the same device."""
-    with _ray(scale, share=0.5), tempfile.TemporaryDirectory() as folder:
+    with _ray(scale), tempfile.TemporaryDirectory() as folder:
         spec = spec_of(scale, scale.size.batch, scale.size.batch)
         here: Shard = awake(spec)
         here.checkpoint(folder, {})
@@ -341,19 +342,15 @@ def _apart(scale: Scale, part: ShardSpec, count: int, folder: Path) -> list[floa
             shard.close()
 
 
-class _group:
+@contextmanager
+def _group(spec: ShardSpec, config: ShardsConfig, folder: Path) -> Iterator[ShardGroup]:
     """A group that goes on from a checkpoint, and is ended."""
-
-    def __init__(self, spec: ShardSpec, config: ShardsConfig, folder: Path) -> None:
-        self._spec, self._config, self._folder = spec, config, folder
-
-    def __enter__(self) -> ShardGroup:
-        self._group = ShardGroup(self._spec, self._config)
-        self._group.restore(self._folder)
-        return self._group
-
-    def __exit__(self, *_: object) -> None:
-        self._group.close()
+    group = ShardGroup(spec, config)
+    try:
+        group.restore(folder)
+        yield group
+    finally:
+        group.close()
 
 
 def _messages(group: ShardGroup) -> Row:
@@ -548,16 +545,13 @@ def _swept(config: SweepConfig, result: SweepResult, killer: _Killer, busy: _Bus
     }
 
 
-class _ray:
+@contextmanager
+def _ray(scale: Scale) -> Iterator[None]:
     """Ray on this machine, for a part."""
-
-    def __init__(self, scale: Scale, share: float = 1.0) -> None:
-        self._resources = Resources(num_cpus=max(scale.cpus, 2))
-
-    def __enter__(self) -> None:
-        start_ray(self._resources)
-
-    def __exit__(self, *_: object) -> None:
+    start_ray(Resources(num_cpus=max(scale.cpus, 2)))
+    try:
+        yield
+    finally:
         stop_ray()
 
 

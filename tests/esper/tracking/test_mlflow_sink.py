@@ -1,3 +1,5 @@
+"""What a sweep writes to MLflow, read back from a database of its own."""
+
 import json
 import math
 import re
