@@ -54,8 +54,9 @@ from esper.evidence.utilisation import Utilisation
 from esper.shards.group import ShardGroup, groups
 from esper.shards.shard import KasminaShard, Shard, ShardSpec
 from esper.trial import Trial, TrialSpec, run_through
-from esper_experiments.on_ray import start_ray, stop_ray
-from esper_experiments.sweep import TUNE_ENVIRONMENT, SweepResult, run_sweep
+from esper_experiments.ray_variables import set_variables
+from esper_experiments.room import start_ray, stop_ray
+from esper_experiments.sweep import SweepResult, run_sweep
 from esper_experiments.watcher import Watcher
 from esper_kernels.timing import synchronize
 
@@ -121,7 +122,7 @@ def main() -> int:
     if args.networks:
         kept = tuple(n for n in scale.networks if n[0] in args.networks)
         scale = dataclasses.replace(scale, networks=kept)
-    os.environ.update({k: v for k, v in TUNE_ENVIRONMENT.items() if k not in os.environ})
+    set_variables()
     document: Row = {
         "machine": {**machine(scale.device), "gpus": gpus},
         "code_hash": code_hash(),

@@ -25,8 +25,9 @@ from esper.shards.group import groups
 from esper.shards.shard import KasminaShard
 from esper.tracking.mlflow_sink import MlflowSink
 from esper.trial import Trial, TrialSpec
-from esper_experiments.on_ray import find_room, start_ray, stop_ray
-from esper_experiments.sweep import TUNE_ENVIRONMENT, SweepIncompleteError, check
+from esper_experiments.ray_variables import set_variables
+from esper_experiments.room import find_room, start_ray, stop_ray
+from esper_experiments.sweep import SweepIncompleteError, check
 
 # what a run that collapsed is worth to searchers, which know no missing value
 COLLAPSED = 1e30
@@ -232,7 +233,7 @@ def run_search(search: TuneConfig) -> Found:
 
 
 def _run(search: TuneConfig, folder: Path) -> None:
-    os.environ.update({k: v for k, v in TUNE_ENVIRONMENT.items() if k not in os.environ})
+    set_variables()
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(SAVED_S)
     resources = search.resources
     runner = tune.with_resources(

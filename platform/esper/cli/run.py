@@ -1,7 +1,6 @@
 """`esper run`: one trial, in this process or in actors, with a line an interval."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,11 +108,11 @@ def shards_of(config: "ShardsConfig | None") -> Iterator[tuple["Shards", "Shards
         yield KasminaShard, KasminaShard
         return
     from esper.config.sweep import Resources
-    from esper_experiments.sweep import TUNE_ENVIRONMENT
+    from esper_experiments.ray_variables import set_variables
 
     # before Ray is imported
-    os.environ.update({k: v for k, v in TUNE_ENVIRONMENT.items() if k not in os.environ})
-    from esper_experiments.on_ray import start_ray, stop_ray
+    set_variables()
+    from esper_experiments.room import start_ray, stop_ray
 
     start_ray(Resources())
     try:
