@@ -8,6 +8,7 @@ from pathlib import Path
 from esper.config.base import ConfigError
 from esper.config.sweep import Question, SweepConfig
 from esper.environment import fingerprint, is_dirty
+from esper.evidence.arm_summary import ArmSummary, summarise
 from esper.evidence.health import COLLAPSE
 from esper.evidence.paired import ALPHA
 from esper.evidence.records import (
@@ -20,12 +21,10 @@ from esper.evidence.records import (
 from esper.evidence.search import search_records
 from esper.evidence.sequential import plan_looks
 from esper.evidence.verdict import (
-    ArmSummary,
     Verdict,
     judge_all,
     judge_look,
     looks_of,
-    summarise,
 )
 from esper.evidence.verify import seal, store_config, verdict_name
 from esper.tracking.mlflow_sink import MlflowSink

@@ -20,8 +20,9 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from esper.config.base import ConfigError
+from esper.evidence.arm_summary import ArmSummary
 from esper.evidence.records import TrialRecord
-from esper.evidence.verdict import ArmSummary, Verdict
+from esper.evidence.verdict import Verdict
 from esper.tracking.entities import (
     NOTE_TAG,
     Table,

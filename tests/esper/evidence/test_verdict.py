@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.config.sweep import Guardrail, Secondary
+from esper.evidence.arm_summary import summarise
 from esper.evidence.compare import GuardrailResult, PValues
 from esper.evidence.paired import equivalence_p, one_sided, pairs_for_effect
-from esper.evidence.verdict import Verdict, decide, judge, judge_all, summarise
+from esper.evidence.verdict import Verdict, decide, judge, judge_all
 
 NAN = math.nan
 BASE = [0.80, 0.82, 0.79, 0.81, 0.83, 0.80, 0.78, 0.84, 0.80, 0.81]
