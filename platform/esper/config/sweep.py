@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from esper.config.base import Config, ConfigError, content_hash, validate
+from esper.config.defaults import TRACKING_URI
 from esper.config.kinds import read_kind
 from esper.config.run import RunConfig
 from esper.config.shards import ShardsConfig
@@ -195,7 +196,7 @@ class TrackingConfig(Config):
     """Where MLflow keeps the runs."""
 
     tracking_uri: str = Field(
-        "sqlite:///mlflow.db", description="MLflow's tracking URI: a database or a server."
+        TRACKING_URI, description="MLflow's tracking URI: a database or a server."
     )
     experiment: str = Field("esper", description="Name of the experiment in MLflow.")
 
