@@ -317,7 +317,7 @@ def test_what_is_no_finished_sweep_is_refused(tmp_path):
 
 def test_verify_starts_neither_ray_nor_mlflow_nor_the_code_of_the_trials(stored):
     script = (
-        "import sys; from esper.cli.ab import verify_ab; from pathlib import Path\n"
+        "import sys; from esper.cli.stored_sweeps import verify_ab; from pathlib import Path\n"
         "code = verify_ab(sys.argv[1], None, Path('runs'), None)\n"
         "assert not {'ray', 'mlflow', 'torch', 'esper.trial'} & sys.modules.keys()\n"
         "raise SystemExit(code)"

@@ -1,4 +1,4 @@
-"""What experiments type: `ab`, `arena`, `tune` and `status`."""
+"""What is typed for experiments: `ab`, `arena`, `tune` and `status`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -60,7 +60,7 @@ def verify_ab(
 
     Exit code 1 if a verdict, a record or the registration is not what it was.
     """
-    from esper.cli.ab import verify_ab
+    from esper.cli.stored_sweeps import verify_ab
 
     raise typer.Exit(verify_ab(sweep, config, runs, json_file, measured))
 
@@ -80,7 +80,7 @@ def similarity_ab(
     json_file: JsonOption = None,
 ) -> None:
     """Say how alike the trained networks of treatment and control are: outputs and losses."""
-    from esper.cli.ab import similarity_ab
+    from esper.cli.stored_sweeps import similarity_ab
 
     similarity_ab(sweep, noise, runs, json_file)
 
@@ -104,7 +104,7 @@ def plan_ab(
     json_file: JsonOption = None,
 ) -> None:
     """Say how many pairs an effect needs, and what numbers of pairs can see."""
-    from esper.cli.ab import plan_ab
+    from esper.cli.stored_sweeps import plan_ab
 
     plan_ab(effect, sd, margin, power, pilot, runs, json_file)
 

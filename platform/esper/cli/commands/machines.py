@@ -1,4 +1,4 @@
-"""What is typed about machines: `doctor` here, `submit` on a cluster."""
+"""What is typed for machines: `doctor` here, `submit` on a cluster."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""What moves a user from one implementation to the next, and shows that it may.
+"""What is typed to move from one implementation to the next, and to show that one may.
 
 `regress`, `baseline`, `flags`, `rollout`, `gate`, `config`, and `monitoring` of all that.
 """

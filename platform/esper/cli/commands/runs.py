@@ -1,4 +1,4 @@
-"""What single runs type: `run`, `log`, and `ui`, which shows the results of all."""
+"""What is typed for single runs: `run`, `log`, and `ui`, which shows the results of all."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""What is typed about Tamiyo's service and its policies: `serve`, `policy`."""
+"""What is typed for Tamiyo's service and its policies: `serve` and `policy`."""
 
 from pathlib import Path
 from typing import Annotated
