@@ -168,8 +168,7 @@ def evidence_of(
     sweep: SweepConfig, registration: Registration, folder: Path, absent: Mapping[str, str]
 ) -> TaskEvidence:
     """What a task's sweep left on disk."""
-    dependent = frozenset(arm for arm in sweep.arms if sweep.run_config(arm).follow is not None)
-    return TaskEvidence(registration, read_records(folder), dependent, absent)
+    return TaskEvidence(registration, read_records(folder), sweep.dependent_arms, absent)
 
 
 def draw_task(

@@ -50,7 +50,11 @@ def manifest(file: str) -> dict:
 
 
 def cluster_of(file: str) -> dict:
-    spec = manifest(file)["spec"]
+    return cluster_of_manifest(manifest(file))
+
+
+def cluster_of_manifest(content: dict) -> dict:
+    spec = content["spec"]
     return spec.get("rayClusterSpec", spec.get("rayClusterConfig", spec))
 
 
@@ -110,11 +114,6 @@ def test_kuberay_accepts_it_and_would_refuse_a_wrong_key_or_value(file, kind):
         change(wrong)
         with pytest.raises(jsonschema.ValidationError, match=message):
             jsonschema.validate(wrong, schema)
-
-
-def cluster_of_manifest(content: dict) -> dict:
-    spec = content["spec"]
-    return spec.get("rayClusterSpec", spec.get("rayClusterConfig", spec))
 
 
 def first_container(content: dict) -> dict:

@@ -1,19 +1,13 @@
 """`esper config explain` says what holds and which line says so."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 from tests.esper.cli.conftest import esper
-
-CONFIGS = Path(__file__).parents[3] / "configs"
+from tests.esper.release.conftest import copy_migration
 
 
 @pytest.fixture
 def config(tmp_path):
-    for name in ("flags.yaml", "phases.yaml", "morphogenetic_migration.yaml"):
-        shutil.copy(CONFIGS / name, tmp_path / name)
-    return tmp_path / "morphogenetic_migration.yaml"
+    return copy_migration(tmp_path)
 
 
 def explain(config, key, env=None):
