@@ -9,7 +9,6 @@ INCONCLUSIVE; 1: LOSE; 5: UNHEALTHY.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from datetime import UTC, datetime
@@ -19,13 +18,14 @@ import numpy as np
 import torch
 from commits import ROOT, Checkout, checkouts
 
+from esper.config.base import content_hash
 from esper.config.sweep import Guardrail, Question
 from esper.environment import fingerprint
 from esper.evidence.records import (
+    REGISTRATION,
     Fingerprint,
     Registration,
     TrialRecord,
-    canonical_hash,
     write_json,
     write_text,
 )
@@ -71,7 +71,7 @@ def run(base: Checkout, branch: Checkout, pairs: int, out: Path) -> Verdict:
     codes = {name: arm.code_hash() for name, arm in arms.items()}
     configs = {name: run_of(arm) for name, arm in arms.items()}
     registration = register(codes, configs, branch.commit, pairs)
-    write_json(out / "registration.json", registration)
+    write_json(out / REGISTRATION, registration)
     print(f"registered {registration.registration_hash[:16]}; {pairs} pairs", flush=True)
     records = []
     for pair in range(pairs):
@@ -107,12 +107,11 @@ def register(
     )
     draft = Registration(
         sweep="branch-ab",
-        config_hash=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        config_hash=content_hash(content),
         question=QUESTION, pairs=pairs, arms=list(codes), fingerprint=mark,
         registered_at=datetime.now(UTC), registration_hash="",
     )  # fmt: skip
-    digest = canonical_hash(draft, "sweep", "config_hash", "question", "pairs", "arms")
-    return draft.model_copy(update={"registration_hash": digest})
+    return draft.model_copy(update={"registration_hash": draft.digest()})
 
 
 def trial(arm: Checkout, name: str, config: Path, pair: int, out: Path) -> dict[str, object]:

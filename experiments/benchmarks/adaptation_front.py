@@ -21,7 +21,9 @@ from scipy import stats
 
 from esper.tracking.style import DPI, STYLE, WIDTH_IN
 
-METHODS = {"esper": "#D55E00", "lora": "#0072B2", "adalora": "#009E73"}
+METHODS = {
+    "esper": "#D55E00", "lora": "#0072B2", "lora+head": "#56B4E9", "adalora": "#009E73",
+}  # fmt: skip
 LABELS = {"test_accuracy": "test accuracy, %", "test_loss": "test loss, nats a character"}
 
 
@@ -52,7 +54,7 @@ def main(picture: Path, files: list[Path]) -> None:
         FigureCanvasAgg(figure)
         for at, file in enumerate(files):
             draw(figure.add_subplot((len(files) + 1) // 2, 2, at + 1), file)
-        figure.axes[0].legend()
+        max(figure.axes, key=lambda axes: len(axes.containers)).legend()
         figure.savefig(picture)
 
 

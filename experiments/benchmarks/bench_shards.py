@@ -32,6 +32,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -54,8 +55,9 @@ from esper.shards.group import ShardGroup, groups
 from esper.shards.shard import KasminaShard, Shard, ShardSpec
 from esper.supervision import run_through
 from esper.trial import Trial, TrialSpec
-from esper_experiments.on_ray import start_ray, stop_ray
-from esper_experiments.sweep import TUNE_ENVIRONMENT, SweepResult, run_sweep
+from esper_experiments.ray_variables import set_variables
+from esper_experiments.room import start_ray, stop_ray
+from esper_experiments.sweep import SweepResult, run_sweep
 from esper_experiments.watcher import Watcher
 from esper_kernels.timing import synchronize
 
@@ -121,7 +123,7 @@ def main() -> int:
     if args.networks:
         kept = tuple(n for n in scale.networks if n[0] in args.networks)
         scale = dataclasses.replace(scale, networks=kept)
-    os.environ.update({k: v for k, v in TUNE_ENVIRONMENT.items() if k not in os.environ})
+    set_variables()
     document: Row = {
         "machine": {**machine(scale.device), "gpus": gpus},
         "code_hash": code_hash(),
@@ -148,7 +150,7 @@ def main() -> int:
 
 def actor(scale: Scale) -> Iterator[Row]:
     """One shard in this process and one in an actor take turns on the same device."""
-    with _ray(scale, share=0.5), tempfile.TemporaryDirectory() as folder:
+    with _ray(scale), tempfile.TemporaryDirectory() as folder:
         spec = spec_of(scale, scale.size.batch, scale.size.batch)
         here: Shard = awake(spec)
         here.checkpoint(folder, {})
@@ -342,19 +344,15 @@ def _apart(scale: Scale, part: ShardSpec, count: int, folder: Path) -> list[floa
             shard.close()
 
 
-class _group:
+@contextmanager
+def _group(spec: ShardSpec, config: ShardsConfig, folder: Path) -> Iterator[ShardGroup]:
     """A group that goes on from a checkpoint, and is ended."""
-
-    def __init__(self, spec: ShardSpec, config: ShardsConfig, folder: Path) -> None:
-        self._spec, self._config, self._folder = spec, config, folder
-
-    def __enter__(self) -> ShardGroup:
-        self._group = ShardGroup(self._spec, self._config)
-        self._group.restore(self._folder)
-        return self._group
-
-    def __exit__(self, *_: object) -> None:
-        self._group.close()
+    group = ShardGroup(spec, config)
+    try:
+        group.restore(folder)
+        yield group
+    finally:
+        group.close()
 
 
 def _messages(group: ShardGroup) -> Row:
@@ -549,16 +547,13 @@ def _swept(config: SweepConfig, result: SweepResult, killer: _Killer, busy: _Bus
     }
 
 
-class _ray:
+@contextmanager
+def _ray(scale: Scale) -> Iterator[None]:
     """Ray on this machine, for a part."""
-
-    def __init__(self, scale: Scale, share: float = 1.0) -> None:
-        self._resources = Resources(num_cpus=max(scale.cpus, 2))
-
-    def __enter__(self) -> None:
-        start_ray(self._resources)
-
-    def __exit__(self, *_: object) -> None:
+    start_ray(Resources(num_cpus=max(scale.cpus, 2)))
+    try:
+        yield
+    finally:
         stop_ray()
 
 

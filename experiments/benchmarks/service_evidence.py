@@ -13,22 +13,19 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import urllib3
 
 from esper.config.base import ConfigError
 from esper.controller import Shield, TamiyoOptions
-from esper.controller.contract import random_reports
+from esper.controller.contract import random_reports, without_reasons
 from esper.controller.remote import Client, RemoteError, RemoteOptions
 from esper.controller.wire import DecideRequest, ReportWire
 from esper.environment import commit
 from esper.evidence.records import write_json
 from esper.release.judge import PhaseMeasurements
 from esper.release.phases import Quantity
-from esper.seeds.actions import Action
-from esper.surgery.growth_log import pack_action
 
 # reports of one run, whose policy remembers the ones before
 RUN = 30
@@ -67,14 +64,9 @@ def decided(options: RemoteOptions, number: int) -> tuple[list[float], int, int]
                 break
             times_ms.append(1e3 * (time.perf_counter() - began))
             memory = answer.memory
-            differing += bare([a.unpack() for a in answer.actions]) != bare(expected)
+            decided = without_reasons(a.unpack() for a in answer.actions)
+            differing += decided != without_reasons(expected)
     return times_ms, lost, differing
-
-
-def bare(actions: list[Action]) -> list[Any]:
-    """Without reasons."""
-    packed = [pack_action(a) for a in actions]
-    return [(p["action"], {k: v for k, v in p["fields"].items() if k != "reason"}) for p in packed]
 
 
 def served_to_strangers(url: str) -> int:

@@ -11,7 +11,14 @@ from esper.config.base import ConfigError
 from esper.config.sweep import SweepConfig
 from esper.environment import fingerprint
 from esper.evidence.arena import ArenaRegistration, ArenaSummary, TaskEvidence, summarise_arena
-from esper.evidence.records import Registration, read_records, write_json
+from esper.evidence.records import (
+    REGISTRATION,
+    EvidenceError,
+    Registration,
+    read_json,
+    read_records,
+    write_json,
+)
 from esper.tracking.arena_pictures import fronts, performance_profiles, score_intervals
 from esper.tracking.arena_report import write_report
 from esper.tracking.arena_sink import log_arena
@@ -83,7 +90,7 @@ def register_arena(arena: Arena, folder: Path) -> ArenaRegistration:
     """Register every task's question and the arena's own, or read what was written.
 
     Raises:
-        ValueError: If the folder holds the registration of another arena.
+        EvidenceError: If the folder holds the registration of another arena.
     """
     sweeps = {
         task: register(sweep, sweep_folder(sweep, device_of(sweep))).registration_hash
@@ -99,11 +106,11 @@ def register_arena(arena: Arena, folder: Path) -> ArenaRegistration:
         registered_at=datetime.now(UTC),
         registration_hash="",
     )
-    path = folder / "registration.json"
+    path = folder / REGISTRATION
     if path.exists():
-        stored = ArenaRegistration.model_validate_json(path.read_text(encoding="utf-8"))
+        stored = read_json(path, ArenaRegistration, remedy="move the folder away")
         if stored.registration_hash != draft.digest():
-            raise ValueError(
+            raise EvidenceError(
                 f"{path} must be the registration of this arena, but its hash is "
                 f"{stored.registration_hash[:12]} and not {draft.digest()[:12]}; move the folder "
                 "away."
@@ -161,8 +168,7 @@ def evidence_of(
     sweep: SweepConfig, registration: Registration, folder: Path, absent: Mapping[str, str]
 ) -> TaskEvidence:
     """What a task's sweep left on disk."""
-    dependent = frozenset(arm for arm in sweep.arms if sweep.run_config(arm).follow is not None)
-    return TaskEvidence(registration, read_records(folder), dependent, absent)
+    return TaskEvidence(registration, read_records(folder), sweep.dependent_arms, absent)
 
 
 def draw_task(

@@ -25,6 +25,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from esper.config.base import ConfigError
 from esper.environment import code_hash
+from esper_experiments.ray_variables import VARIABLES
+from esper_experiments.room import stop_ray
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -96,11 +98,8 @@ class Cluster:
             cpus: CPUs reserved for the command itself, beside those of its trials.
             gpus: The same for GPUs.
         """
-        # imports torch and MLflow, which no other command of `esper submit` needs
-        from esper_experiments.sweep import TUNE_ENVIRONMENT
-
         # on a cluster the workers' environment is not that of the process which starts the trials
-        variables = {**TUNE_ENVIRONMENT, **ENVIRONMENT}
+        variables = {**VARIABLES, **ENVIRONMENT}
         self._client.submit_job(
             entrypoint=command,
             submission_id=job_id,
@@ -270,8 +269,6 @@ def require_nodes(folder: Path) -> list[str]:
     Raises:
         ConnectionError: Naming the nodes where it is not so.
     """
-    from esper_experiments.on_ray import stop_ray
-
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
     marker = folder / f".seen-by-all-nodes-{os.getpid()}"
     marker.touch()

@@ -1,182 +1,32 @@
 """Running a plan on Ray Tune: trials in warm worker processes, each as soon as it can start."""
 
-import dataclasses
-import gc
 import logging
 import os
-import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-import torch
 from ray import tune
 from ray.tune import Callback, FailureConfig, PlacementGroupFactory, Stopper
 from ray.tune import RunConfig as TuneRunConfig
 from ray.tune.search import Searcher
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from esper.config.base import ConfigError
 from esper.config.sweep import Resources
-from esper.environment import code_hash, device_name
 from esper.evidence.progress import Progress
-from esper.evidence.records import TrialRecord, write_json
-from esper.evidence.reference import TRIAL_REQUESTS, median_ms, reference_s
-from esper.monitoring.runs import RunMetrics
-from esper.shards.group import groups
-from esper.shards.shard import KasminaShard
-from esper.surgery.checkpoint_folder import CheckpointError, CheckpointNotWrittenError
-from esper.trial import Trial
+from esper.evidence.records import TrialRecord
 from esper_experiments.board import Board
-from esper_experiments.peers import trial_of
-from esper_experiments.plan import Planned, checkpoint_path, read_record, record_path
+from esper_experiments.plan import Planned, read_record, record_path
 from esper_experiments.ray_metrics import RayExporter
+from esper_experiments.room import Room
+from esper_experiments.worker import TrialWorker
 
-# how much of a trial one call from the driver runs: long enough for calls to cost nothing, short
-# enough for the progress display
-SLICE_S = 1.0
 # a worker may die of something that is not the trial's fault
 RETRIES = 2
 # trials in Tune's queue: most of them must be without a worker that is being started for them
 PENDING_PER_SLOT = 4
-ACCELERATOR = "accelerator_type:"
 
 Finished = Callable[[TrialRecord], None]
 PairsWanted = Callable[[], int]
-
-
-class TrialWorker(tune.Trainable):
-    """A thin shell around `Trial`; one process runs many of them, one after the other."""
-
-    def setup(  # type: ignore[override]
-        self,
-        config: dict[str, Any],
-        plan: dict[str, Planned],
-        folder: str,
-        resources: Resources,
-    ) -> None:
-        """Called once a process, with the first trial."""
-        torch.set_num_threads(max(1, int(resources.cpus_per_trial / resources.shards)))
-        self._plan, self._folder = plan, Path(folder)
-        self._shards, self._checkpoint_s = resources.shards_config, resources.checkpoint_s
-        self._trial: Trial | None = None
-        self._exporter = RayExporter()
-        self._start(config["trial"])
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Called for every further trial."""
-        self._start(new_config["trial"])
-        return True
-
-    def _start(self, trial_id: str) -> None:
-        planned = self._plan[trial_id]
-        expected = planned.spec.fingerprint.code_hash
-        if code_hash() != expected:
-            raise RuntimeError(
-                f"the worker's code must be the driver's (sha256 {expected[:12]}), but is "
-                f"{code_hash()[:12]}; install the same version on every node."
-            )
-        self._close()
-        self._saved = time.monotonic()
-        self._unwritten = ""
-        self._checkpoint = checkpoint_path(self._folder, trial_id)
-        self._trial = self._resumed(planned) or self._new(planned)
-        self._timed = planned.is_timed
-        self._reference_s = self._reference()
-        run = f"{self._folder.name} {trial_id}"
-        self._trial.on_interval = RunMetrics(self._exporter, run, self._trial).interval
-
-    def _reference(self) -> list[float]:
-        """How fast the machine is just now, where the question judges times."""
-        assert self._trial is not None
-        return reference_s(self._trial.config.device, TRIAL_REQUESTS) if self._timed else []
-
-    def _new(self, planned: Planned) -> Trial:
-        followed = planned.waits_for and read_record(self._folder, planned.waits_for)
-        kind = trial_of(planned.config)
-        given = (planned.config, planned.spec, followed or None)
-        # a peer's network is none that a shard could hold
-        trial = Trial(*given, shards=self._makes_shards()) if kind is Trial else kind(*given)
-        return self._marked(trial)
-
-    def _resumed(self, planned: Planned) -> Trial | None:
-        """The trial where a lost worker or driver left it, if that can be continued here."""
-        if not self._checkpoint.exists():
-            return None
-        try:
-            trial = Trial.resume(self._checkpoint, self._makes_shards())
-        except CheckpointError:
-            # it is a matter of time alone: run again, the trial is the same
-            return None
-        then = trial.spec.fingerprint
-        if self._marked(trial).spec.fingerprint != then or trial.config != planned.config:
-            trial.shard.close()
-            return None
-        return trial
-
-    def _makes_shards(self) -> Any:
-        return KasminaShard if self._shards is None else groups(self._shards)
-
-    def _marked(self, trial: Trial) -> Trial:
-        """Put down what it really runs on, which need not be the driver's machine."""
-        device, libraries = trial.shard.where()
-        mark = trial.spec.fingerprint.model_copy(update={"device": device, "versions": libraries})
-        trial.spec = dataclasses.replace(trial.spec, fingerprint=mark)
-        return trial
-
-    def step(self) -> dict[str, Any]:
-        """Run for a while; write the record when the trial is done."""
-        trial = self._trial
-        assert trial is not None
-        latest = trial.run_for(SLICE_S)
-        if trial.done:
-            path = record_path(self._folder, trial.spec.trial_id)
-            # a worker that was cut off from the cluster may come later than who took its place
-            if not path.exists():
-                write_json(path, self._record(trial))
-            self._close()
-            shutil.rmtree(self._checkpoint, ignore_errors=True)
-        elif time.monotonic() - self._saved > self._checkpoint_s and type(trial) is Trial:
-            self._save(trial)
-        where = (
-            ray.util.get_node_ip_address(),
-            f"pid {os.getpid()}",
-            trial.spec.fingerprint.device,
-        )
-        place = " ".join(where)
-        return {"done": trial.done, "latest": latest, "place": place, "unwritten": self._unwritten}
-
-    def _record(self, trial: Trial) -> TrialRecord:
-        record = trial.record()
-        if not self._timed:
-            return record
-        reference = median_ms([*self._reference_s, *self._reference()])
-        return record.model_copy(update={"reference_ms": reference})
-
-    def _save(self, trial: Trial) -> None:
-        self._saved = time.monotonic()
-        try:
-            trial.save(self._checkpoint, wait=False)
-        except CheckpointNotWrittenError as error:
-            # of this one or the one before; the trial loses nothing but its insurance
-            self._unwritten = str(error)
-
-    def _close(self) -> None:
-        if self._trial is not None:
-            self._trial.shard.close()
-        self._trial = None
-
-    def cleanup(self) -> None:
-        """Called when the process is not needed any more."""
-        self._close()
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Trials keep their own checkpoints, which a new driver finds, too."""
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """See `save_checkpoint`."""
 
 
 class _PlanSearcher(Searcher):
@@ -326,128 +176,6 @@ class _Decided(Stopper):
 
     def stop_all(self) -> bool:
         return self._searcher.decided
-
-
-def start_ray(resources: Resources) -> None:
-    """Connect to the cluster this process belongs to, or start Ray on this machine.
-
-    Raises:
-        ConnectionError: If a cluster is named in RAY_ADDRESS but cannot be reached.
-    """
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
-        return
-    ray.init(
-        # or it would join a cluster that somebody else started on this machine
-        address="local",
-        num_cpus=resources.num_cpus or os.cpu_count() or 1,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-
-
-def stop_ray() -> None:
-    """Disconnect from Ray, in a way that the process survives.
-
-    Ray ends the process at once, without a word, if any thread touches one of its objects in the
-    moment of the shutdown, and Python's collector of cyclic garbage does that from whichever
-    thread it runs in.
-    """
-    gc.collect()
-    gc.disable()
-    try:
-        ray.shutdown()
-    finally:
-        gc.enable()
-
-
-@dataclasses.dataclass(frozen=True)
-class Room:
-    """What the cluster has for a sweep.
-
-    Attributes:
-        slots: Trials that run at once.
-        gpus: GPUs of the cluster.
-        kinds: If its GPUs are of several kinds: those of one pair after another, in turn.
-    """
-
-    slots: int
-    gpus: float
-    kinds: tuple[str, ...]
-
-
-def find_room(resources: Resources, device: str) -> Room:
-    """Look at the cluster's nodes.
-
-    Args:
-        resources: What each trial gets.
-        device: That the trials compute on.
-
-    Raises:
-        ConfigError: If no trial fits, or the nodes' CPUs, on which it would compute, differ.
-    """
-    nodes = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
-    need = {"CPU": resources.cpus_per_trial, "GPU": resources.gpus_per_trial}
-    need = {name: amount for name, amount in need.items() if amount}
-    have = {name: sum(node.get(name, 0.0) for node in nodes.values()) for name in ("CPU", "GPU")}
-    if resources.shards > 1:
-        # shards of one trial may lie on several nodes
-        slots, kinds = _fit(have, need), tuple[str, ...]()
-    else:
-        by_node = {name: _fit(node, need) for name, node in nodes.items()}
-        slots = sum(by_node.values())
-        kinds = _in_turn(nodes, by_node) if need.get("GPU") else ()
-        if device == "cpu":
-            _require_alike([name for name, fits in by_node.items() if fits])
-    if slots < 1:
-        raise ConfigError("resources", (
-            f"resources must fit the cluster, which has {have['CPU']:g} CPUs and {have['GPU']:g} "
-            f"GPUs on {len(nodes)} nodes, but a trial asks for {resources.cpus_per_trial:g} and "
-            f"{resources.gpus_per_trial:g}; lower them.",
-        ))  # fmt: skip
-    return Room(slots, have["GPU"], kinds)
-
-
-def _fit(have: Mapping[str, float], need: Mapping[str, float]) -> int:
-    """How many trials fit at once; resources are counted in ten-thousandths, as Ray does."""
-    units = {name: round(10_000 * amount) for name, amount in need.items()}
-    return min(round(10_000 * have.get(name, 0.0)) // each for name, each in units.items())
-
-
-def _in_turn(
-    nodes: Mapping[str, Mapping[str, float]], by_node: Mapping[str, int]
-) -> tuple[str, ...]:
-    """Kinds of GPUs by their slots, well mixed; empty if there is one kind alone."""
-    slots: dict[str, int] = {}
-    for name, fits in by_node.items():
-        kind = next((key for key in nodes[name] if key.startswith(ACCELERATOR)), None)
-        if fits and kind is not None:
-            slots[kind] = slots.get(kind, 0) + fits
-    if len(slots) < 2:
-        return ()
-    # the i-th of n slots of a kind stands at (i + 1/2) / n of the round
-    places = [((i + 0.5) / n, kind) for kind, n in slots.items() for i in range(n)]
-    return tuple(kind for _, kind in sorted(places))
-
-
-def _require_alike(nodes: Sequence[str]) -> None:
-    """Trials compute on CPUs: they must be of one model, on which no choice can be based."""
-    if len(nodes) < 2:
-        return
-    ask = ray.remote(device_name)
-    names = ray.get([
-        ask.options(
-            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-        ).remote("cpu")
-        for node in nodes
-    ])  # fmt: skip
-    if len(set(names)) > 1:
-        raise ConfigError("resources", (
-            f"the nodes of a sweep on CPUs must have one CPU model, but they have "
-            f"{', '.join(sorted(set(names)))}: the arms of a pair would run on different ones; "
-            "start the others with --num-cpus=0.",
-        ))  # fmt: skip
 
 
 def _bundles(resources: Resources) -> Callable[[dict[str, Any]], PlacementGroupFactory]:

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
+from esper.config.base import ConfigError
 from esper.config.run import RunConfig
 from esper.config.sweep import SweepConfig
 from esper.environment import fingerprint
 from esper.evidence.health import judges_time
 from esper.evidence.records import (
+    REGISTRATION,
+    EvidenceError,
     Fingerprint,
     Registration,
     TrialRecord,
-    canonical_hash,
+    read_json,
     write_json,
 )
 from esper.trial import TrialSpec
@@ -51,14 +54,14 @@ def device_of(sweep: SweepConfig) -> str:
     """The device that all arms run on.
 
     Raises:
-        ValueError: If the arms name different devices.
+        ConfigError: If the arms name different devices.
     """
     devices = {sweep.run_config(arm).device for arm in sweep.arms}
     if len(devices) > 1:
-        raise ValueError(
+        raise ConfigError(f"sweep '{sweep.name}'", (
             f"device must be the same for all arms, but got {', '.join(sorted(devices))}; "
-            "set it once, under `run`."
-        )
+            "set it once, under `run`.",
+        ))  # fmt: skip
     return devices.pop()
 
 
@@ -66,9 +69,9 @@ def register(sweep: SweepConfig, folder: Path) -> Registration:
     """Write the question down before the first trial, or read what was written.
 
     Raises:
-        ValueError: If the folder holds a registration that is not this sweep's.
+        EvidenceError: If the folder holds a registration that is not this sweep's.
     """
-    path = folder / "registration.json"
+    path = folder / REGISTRATION
     draft = Registration(
         sweep=sweep.name,
         config_hash=sweep.config_hash,
@@ -79,11 +82,11 @@ def register(sweep: SweepConfig, folder: Path) -> Registration:
         registered_at=datetime.now(UTC),
         registration_hash="",
     )
-    digest = canonical_hash(draft, "sweep", "config_hash", "question", "pairs", "arms")
+    digest = draft.digest()
     if path.exists():
-        stored = Registration.model_validate_json(path.read_text(encoding="utf-8"))
+        stored = read_json(path, Registration, remedy="move the folder away")
         if stored.registration_hash != digest:
-            raise ValueError(
+            raise EvidenceError(
                 f"{path} must be the registration of this sweep, but its hash is "
                 f"{stored.registration_hash[:12]} and not {digest[:12]}; move the folder away."
             )
@@ -132,6 +135,7 @@ def read_record(folder: Path, trial_id: str) -> TrialRecord:
 
     Raises:
         OSError: If it is not there.
-        ValueError: If it is damaged.
+        EvidenceError: If it is damaged.
     """
-    return TrialRecord.model_validate_json(record_path(folder, trial_id).read_text("utf-8"))
+    remedy = "delete the file to run that trial again"
+    return read_json(record_path(folder, trial_id), TrialRecord, remedy=remedy)

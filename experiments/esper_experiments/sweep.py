@@ -1,27 +1,30 @@
 """`esper ab`: register the question, run the paired arms, log everything, judge, draw."""
 
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from esper.config.base import ConfigError
-from esper.config.run import RunConfig
 from esper.config.sweep import Question, SweepConfig
-from esper.environment import is_dirty
+from esper.environment import fingerprint, is_dirty
+from esper.evidence.arm_summary import ArmSummary, summarise
 from esper.evidence.health import COLLAPSE
 from esper.evidence.paired import ALPHA
-from esper.evidence.records import Registration, TrialRecord, read_records, write_json
+from esper.evidence.records import (
+    Fingerprint,
+    Registration,
+    TrialRecord,
+    read_records,
+    write_json,
+)
 from esper.evidence.search import search_records
 from esper.evidence.sequential import plan_looks
 from esper.evidence.verdict import (
-    ArmSummary,
     Verdict,
     judge_all,
     judge_look,
     looks_of,
-    summarise,
 )
 from esper.evidence.verify import seal, store_config, verdict_name
 from esper.tracking.mlflow_sink import MlflowSink
@@ -31,22 +34,13 @@ from esper.tracking.pictures import (
     growth_curves,
     lattice_over_time,
 )
+from esper.training.metrics import METRICS
+from esper.trial import TrialSpec
 from esper_experiments.board import Board
 from esper_experiments.peers import trial_of
 from esper_experiments.plan import Planned, device_of, plan_trials, register, sweep_folder
+from esper_experiments.ray_variables import set_variables
 from esper_experiments.watcher import Watcher
-
-# set before Ray is imported: Tune's own files are not our evidence, and cost time
-TUNE_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
 
 
 class SweepIncompleteError(RuntimeError):
@@ -112,15 +106,11 @@ def check(sweep: SweepConfig) -> None:
     Raises:
         ConfigError: With the arm and what is wrong.
     """
-    from esper.environment import fingerprint
-    from esper.evidence.records import Fingerprint
-    from esper.trial import TrialSpec
-
     mark = Fingerprint(**fingerprint(device_of(sweep)))
     _check_looks(sweep)
     known: set[str] | None = None
     for arm in sweep.arms:
-        config: RunConfig = sweep.run_config(arm)
+        config = sweep.run_config(arm)
         try:
             trial = trial_of(config)(config, TrialSpec(arm, 0, sweep.first_seed, 0, "", mark))
         except ConfigError as error:
@@ -143,8 +133,6 @@ def _check_looks(sweep: SweepConfig) -> None:
 
 def _check_metrics(question: Question, known: set[str]) -> None:
     """Every metric that the question names is one that all arms have, and is read the right way."""
-    from esper.training.metrics import METRICS
-
     goals = [question.goal_of(c) for c in question.comparisons] + list(question.guardrails)
     problems = []
     for goal in goals:
@@ -259,9 +247,10 @@ def _run_missing(
     done = {r.trial_id for r in before}
     if not _left(plan, done, wanted()):
         return Timing(0, 0.0, 0.0, None)
-    os.environ.update({k: v for k, v in TUNE_ENVIRONMENT.items() if k not in os.environ})
+    set_variables()
 
-    from esper_experiments.on_ray import find_room, run_plan, start_ray, stop_ray
+    from esper_experiments.on_ray import run_plan
+    from esper_experiments.room import find_room, start_ray, stop_ray
 
     heard = set(done)
 

@@ -20,13 +20,14 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from esper.config.base import ConfigError
 from esper.config.tune import Domain, TuneConfig, shown
 from esper.environment import code_hash, fingerprint
-from esper.evidence.records import Fingerprint, TrialRecord, write_json, write_text
+from esper.evidence.records import Fingerprint, TrialRecord, read_json, write_json, write_text
 from esper.shards.group import groups
 from esper.shards.shard import KasminaShard
 from esper.tracking.mlflow_sink import MlflowSink
 from esper.trial import Trial, TrialSpec
-from esper_experiments.on_ray import find_room, start_ray, stop_ray
-from esper_experiments.sweep import TUNE_ENVIRONMENT, SweepIncompleteError, check
+from esper_experiments.ray_variables import set_variables
+from esper_experiments.room import find_room, start_ray, stop_ray
+from esper_experiments.sweep import SweepIncompleteError, check
 
 # what a run that collapsed is worth to searchers, which know no missing value
 COLLAPSED = 1e30
@@ -232,7 +233,7 @@ def run_search(search: TuneConfig) -> Found:
 
 
 def _run(search: TuneConfig, folder: Path) -> None:
-    os.environ.update({k: v for k, v in TUNE_ENVIRONMENT.items() if k not in os.environ})
+    set_variables()
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(SAVED_S)
     resources = search.resources
     runner = tune.with_resources(
@@ -337,7 +338,8 @@ def _scheduler(search: TuneConfig, space: Mapping[str, Any]) -> Any:
 def records_of(found: Found) -> list[TrialRecord]:
     """The records of the candidates that ran to their end."""
     paths = sorted((found.folder / "trials").glob("candidate-*.json"))
-    return [TrialRecord.model_validate_json(path.read_text("utf-8")) for path in paths]
+    remedy = "delete the file to run that candidate again"
+    return [read_json(path, TrialRecord, remedy=remedy) for path in paths]
 
 
 def log_candidates(search: TuneConfig, found: Found) -> None:

@@ -173,13 +173,14 @@ async def opened(traffic: Traffic, per_s: float, seconds: float, seed: int) -> M
     made = Measured([], 0, seconds)
 
     async def one(due: float) -> None:
-        connection = free.pop() if free else await connected(traffic.port)
-        if connection.gone:
-            connection = await connected(traffic.port)
         try:
+            connection = free.pop() if free else await connected(traffic.port)
+            if connection.gone:
+                connection = await connected(traffic.port)
             made.failures += await connection.ask(next(requests)) != 200
             free.append(connection)
-        except ConnectionError:
+        except OSError:
+            # nor does a service answer that is so far behind that nobody can connect any more
             made.failures += 1
         made.latencies.append(1000 * (time.perf_counter() - due))
 
@@ -519,7 +520,8 @@ def say(about: str, name: str, point: dict[str, float]) -> None:
 def curve(options: argparse.Namespace) -> dict[str, Any]:
     """Open load at growing rates, the knee, and a long run at 70 % of it.
 
-    The knee is the highest rate up to which all are sustained.
+    The knee is the highest rate up to which all are sustained. The first rate that cannot be served
+    is the last one: above it, latencies tell how long the load went on, and nothing else.
     """
     with served("haproxy", options.replicas) as service:
         traffic = decide_traffic(service, 64, 8)
@@ -532,9 +534,10 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
             point = asyncio.run(opened(traffic, rate, seconds, seed)).summary()
             points.append({"offered_per_s": rate, **point})
             say("open", f"{rate:.0f}/s offered", point)
-            sustained = point["behind_s"] < 0.02 * seconds and not point["failures"]
+            if point["behind_s"] >= 0.02 * seconds or point["failures"]:
+                break
             lower = knee == (points[-2]["offered_per_s"] if points[1:] else 0.0)
-            if lower and sustained and point["p50_ms"] <= KNEE_RISE * points[0]["p50_ms"]:
+            if lower and point["p50_ms"] <= KNEE_RISE * points[0]["p50_ms"]:
                 knee = rate
         found: dict[str, Any] = {"closed_per_s": most, "points": points, "knee_per_s": knee}
         if options.open_s and knee:

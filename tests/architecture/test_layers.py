@@ -11,8 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = ("kernels", "platform", "experiments", "serve_apps")
 LEAVES = (
-    *("esper.append_only", "esper.atomic", "esper.config", "esper.environment", "esper.errors"),
-    "esper.registry",
+    *("esper.append_only", "esper.atomic", "esper.config", "esper.environment", "esper.registry"),
 )
 LAYERS = (
     *("esper_kernels", "esper.seeds", "esper.surgery", "esper.training", "esper.controller"),

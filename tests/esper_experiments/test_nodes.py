@@ -10,7 +10,8 @@ from ray.cluster_utils import Cluster
 
 from esper.evidence.progress import FILE, read_progress
 from esper.evidence.records import TrialRecord
-from esper_experiments.on_ray import Room, _fit, _in_turn, _PlanSearcher
+from esper_experiments.on_ray import _PlanSearcher
+from esper_experiments.room import Room, _fit, _in_turn
 
 # a node that does not answer is given up after a second or two
 SYSTEM = {

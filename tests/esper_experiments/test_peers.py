@@ -12,9 +12,9 @@ from esper.earlier_trials import kept_events
 from esper.environment import code_hash
 from esper.evidence.records import Fingerprint, write_json
 from esper.trial import Trial, TrialSpec
-from esper_experiments.on_ray import TrialWorker
 from esper_experiments.peers import GromoTrial, trial_of
 from esper_experiments.plan import Planned, read_record, record_path
+from esper_experiments.worker import TrialWorker
 
 CONFIG = {
     "task": {"name": "spirals", "options": {"train_samples": 400, "held_out_samples": 200}},

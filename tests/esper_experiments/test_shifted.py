@@ -1,3 +1,5 @@
+"""Hosts of one task that grow on another, similar one."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""The corpora, tasks and hosts of text, and what grows on them."""
+
 import math
 from pathlib import Path
 

@@ -27,7 +27,7 @@ pytestmark = [
 RUN = {
     "task": {"name": "spirals"},
     "host": {"name": "mlp", "options": {"hidden": [16]}},
-    "train": {"steps": 200000, "batch_size": 64, "optimizer": "adam", "learning_rate": 0.01,
+    "train": {"steps": 20000000, "batch_size": 64, "optimizer": "adam", "learning_rate": 0.01,
               "interval_steps": 20},
     "lattice": [{"sites": "fc1", "seeds_per_layer": 4}],
     "growth": {"ramp_steps": 20},
@@ -163,7 +163,12 @@ def firing(platform, alert):
 
 def test_an_alert_of_each_class_really_fires(platform):
     alerts = ("EsperRunStalled", "EsperKillSwitchOn", "TamiyoDown")
-    assert not any(firing(platform, alert) for alert in alerts)
+
+    def quiet():
+        # Ray still tells the last numbers of a sweep's workers for two minutes after its end
+        return not any(firing(platform, alert) for alert in alerts)
+
+    eventually(quiet, 180, platform.logs)
     flags = platform.folder / "flags.yaml"
     text = flags.read_text()
     flags.write_text(text.replace("rollout_bp: 0\n", "rollout_bp: 0\n    killed: true\n", 1))

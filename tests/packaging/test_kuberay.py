@@ -26,7 +26,7 @@ from ray.serve.schema import ServeDeploySchema
 from esper.cli.job import parse
 from esper.config.base import validate
 from esper_experiments.jobs import ENVIRONMENT
-from esper_experiments.sweep import TUNE_ENVIRONMENT
+from esper_experiments.ray_variables import VARIABLES
 from esper_serve.launch import ENVIRONMENT as LAUNCH_ENVIRONMENT
 from esper_serve.settings import ServiceSettings
 
@@ -50,7 +50,11 @@ def manifest(file: str) -> dict:
 
 
 def cluster_of(file: str) -> dict:
-    spec = manifest(file)["spec"]
+    return cluster_of_manifest(manifest(file))
+
+
+def cluster_of_manifest(content: dict) -> dict:
+    spec = content["spec"]
     return spec.get("rayClusterSpec", spec.get("rayClusterConfig", spec))
 
 
@@ -110,11 +114,6 @@ def test_kuberay_accepts_it_and_would_refuse_a_wrong_key_or_value(file, kind):
         change(wrong)
         with pytest.raises(jsonschema.ValidationError, match=message):
             jsonschema.validate(wrong, schema)
-
-
-def cluster_of_manifest(content: dict) -> dict:
-    spec = content["spec"]
-    return spec.get("rayClusterSpec", spec.get("rayClusterConfig", spec))
 
 
 def first_container(content: dict) -> dict:
@@ -225,7 +224,7 @@ def test_the_entry_point_is_a_command_of_the_job_module_and_its_files_are_mounte
 
 def test_a_job_gets_the_variables_that_esper_submit_gives():
     content = yaml.safe_load(manifest("rayjob.yaml")["spec"]["runtimeEnvYAML"])
-    assert content == {"env_vars": {**TUNE_ENVIRONMENT, **ENVIRONMENT}}
+    assert content == {"env_vars": {**VARIABLES, **ENVIRONMENT}}
 
 
 def test_the_image_takes_what_the_build_needs():

@@ -1,1 +1,1 @@
-"""The command line: `esper run | ab | ui | doctor`."""
+"""The command line: `main` says which commands there are, a module each does what they do."""

@@ -1,5 +1,6 @@
 """`esper arena`: progress task by task, then the verdicts of every task and where to look."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from esper.cli.ab import COLOURS, SweepProgress
+from esper.cli.codes import UNHEALTHY
+from esper.cli.output import write_result
 from esper.config.arena import load_arena
 from esper.config.sweep import SweepConfig
 
@@ -50,8 +53,7 @@ def run_arena_command(
     result = run_arena(arena, watch, command=command)
     show(console, result.summary)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(result.summary.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_result(json_file, json.loads(result.summary.model_dump_json()))
         console.print(f"JSON: {json_file}", soft_wrap=True)
     if html_file is not None:
         html_file.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,7 @@ def run_arena_command(
         soft_wrap=True,
     )
     unhealthy = any(v.verdict == "UNHEALTHY" for v in result.summary.verdicts())
-    return 5 if unhealthy else 0
+    return UNHEALTHY if unhealthy else 0
 
 
 def show(console: Console, summary: "ArenaSummary") -> None:

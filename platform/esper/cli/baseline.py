@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from esper.cli.codes import UNHEALTHY
 from esper.config.base import ConfigError, validate
 from esper.config.baseline import BaselineConfig, load_baseline_config
 from esper.config.run import RunConfig
@@ -35,7 +36,6 @@ from esper.evidence.health import MAX_DRIFT_FRAC
 from esper.evidence.measure import Measured, absent, present
 from esper.evidence.records import write_json
 
-UNHEALTHY = 5
 PASSED, SUSPECTED, WORSE, INCONCLUSIVE = 0, 10, 20, 30
 MEASURED = "measured.json"
 # of one workload here, of many sites in `esper regress`, which speaks for both at a gate

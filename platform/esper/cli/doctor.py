@@ -1,6 +1,5 @@
 """`esper doctor`: can this machine run Esper, and if not, what is to be done?"""
 
-import json
 import os
 import platform
 import shutil
@@ -14,10 +13,9 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import psutil
-import typer
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -25,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from esper.config.sweep import TrackingConfig
+from esper.cli.output import write_result
 from esper.environment import (
     DISTRIBUTION,
     device_name,
@@ -373,24 +371,16 @@ def render(checks: list[Check]) -> Table:
     return table
 
 
-def doctor_command(
-    tracking_uri: Annotated[
-        str, typer.Option(help="MLflow's tracking URI to look at.")
-    ] = TrackingConfig().tracking_uri,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the findings to this file.")
-    ] = None,
-) -> None:
+def run_doctor(tracking_uri: str, json_file: Path | None) -> int:
     """Look whether this machine can run Esper, and say what to do where it cannot.
 
-    Ends with status 1 if something fails.
+    Returns:
+        The exit code: 1 if something fails.
     """
     console = Console()
     with console.status("looking; starting Ray takes some seconds"):
         checks = diagnose(tracking_uri)
     console.print(render(checks))
     if json_file is not None:
-        findings = json.dumps([asdict(check) for check in checks], indent=1)
-        json_file.write_text(findings + "\n", encoding="utf-8")
-    if any(check.status == "fail" for check in checks):
-        raise typer.Exit(1)
+        write_result(json_file, [asdict(check) for check in checks])
+    return 1 if any(check.status == "fail" for check in checks) else 0

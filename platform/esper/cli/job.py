@@ -15,6 +15,7 @@ from io import StringIO
 from pathlib import Path
 from socket import gethostname
 
+from esper.config.defaults import TRACKING_URI
 from esper.environment import code_hash, versions
 
 SERVER_ADVICE = """\
@@ -118,7 +119,7 @@ def _settled(uri: str | None, results: Path) -> str:
     from esper.tracking.reach import database_path
 
     if uri is None:
-        uri = "sqlite:///mlflow.db"
+        uri = TRACKING_URI
     database = database_path(uri)
     if database is None or uri.startswith("sqlite:////"):
         return uri

@@ -1,7 +1,6 @@
 """`esper run`: one trial, in this process or in actors, with a line an interval."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from esper.cli.output import write_result
 from esper.config.base import ConfigError
 from esper.config.run import load_run
 from esper.environment import fingerprint
@@ -73,7 +73,7 @@ def run_once(
     console.print(f"MLflow run {run_id} in {tracking_uri}")
     if json_file is not None:
         content = json.loads(record.model_dump_json()) | {"mlflow_run_id": run_id}
-        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_result(json_file, content)
 
 
 def _serve_metrics(trial: "Trial", port: int | None) -> "Callable[[Trial], None]":
@@ -108,11 +108,11 @@ def shards_of(config: "ShardsConfig | None") -> Iterator[tuple["Shards", "Shards
         yield KasminaShard, KasminaShard
         return
     from esper.config.sweep import Resources
-    from esper_experiments.sweep import TUNE_ENVIRONMENT
+    from esper_experiments.ray_variables import set_variables
 
     # before Ray is imported
-    os.environ.update({k: v for k, v in TUNE_ENVIRONMENT.items() if k not in os.environ})
-    from esper_experiments.on_ray import start_ray, stop_ray
+    set_variables()
+    from esper_experiments.room import start_ray, stop_ray
 
     start_ray(Resources())
     try:

@@ -17,13 +17,11 @@ from urllib.parse import urlsplit
 
 from esper.cli.upload import MIB, Job, read_job, stage
 from esper.config.base import ConfigError
+from esper.config.defaults import DASHBOARD, TRACKING_URI
 from esper.environment import code_hash, commit, is_dirty
 
 if TYPE_CHECKING:
     from esper_experiments.jobs import Cluster, JobDetails
-
-LOOPBACK = "http://127.0.0.1:8265"
-RESULTS = "~/esper-results"
 
 
 def submit(
@@ -136,7 +134,7 @@ def _tell_places(cluster: "Cluster", name: str, facts: dict[str, str], job: Job)
     print(f"job {name} on {cluster.address}")
     print(f"  results: {facts['results']} on the cluster")
     if job.kind != "baseline":
-        print(f"  MLflow:  {uri or 'sqlite:///mlflow.db'}{', in the results' if database else ''}")
+        print(f"  MLflow:  {uri or TRACKING_URI}{', in the results' if database else ''}")
     if not facts["commit"]:
         print("  commit:  none (no checkout, or one with changes); the code's sha256 is recorded")
     _tell_commands(cluster, name)
@@ -149,7 +147,7 @@ def _tell_commands(cluster: "Cluster", name: str) -> None:
 
 
 def _again(cluster: "Cluster", command: str, name: str) -> str:
-    where = "" if cluster.address == LOOPBACK else f" --address {cluster.address}"
+    where = "" if cluster.address == DASHBOARD else f" --address {cluster.address}"
     return f"esper submit {command} {name}{where}"
 
 

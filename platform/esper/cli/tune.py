@@ -9,7 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from esper.cli.ab import SweepProgress, show, to_json, write_result
+from esper.cli.ab import SweepProgress, show, to_json
+from esper.cli.codes import UNHEALTHY
+from esper.cli.output import write_result
 from esper.config.tune import TUNED, TuneConfig, load_tune, shown
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def run_tune(config: Path, search_only: bool, json_file: Path | None) -> int:
             tested = run_sweep(sweep, watcher, command=f"esper ab {sweep_yaml}")
         show(console, sweep, tested)
         result["confirmation"] = to_json(tested)
-        code = 5 if tested.verdicts[0].verdict == "UNHEALTHY" else 0
+        code = UNHEALTHY if tested.verdicts[0].verdict == "UNHEALTHY" else 0
     if json_file is not None:
         write_result(json_file, result)
         console.print(f"JSON: {json_file}")

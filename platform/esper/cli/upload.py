@@ -9,17 +9,16 @@ from fnmatch import fnmatch
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 from esper.config.arena import load_arena
 from esper.config.base import ConfigError, read_yaml, validate
 from esper.config.baseline import load_baseline_config
+from esper.config.kinds import Kind, kinds_of
 from esper.config.run import RunConfig, load_run
 from esper.config.sweep import load_sweep
 from esper.config.tune import load_tune
 from esper.environment import PACKAGES
 
-Kind = Literal["ab", "arena", "tune", "run", "baseline"]
 MIB = 2**20
 MAX_UPLOAD_MIB = 100
 # Ray would leave out what an ignore file names, also what the user asked for
@@ -95,20 +94,21 @@ def stage(job: Job, folder: Path) -> None:
 
 def _read(config: Path) -> tuple[Kind, list[RunConfig], str | None, list[Path]]:
     """Kind, every run in it, tracking URI, and further files that it names."""
-    keys = read_yaml(config)
-    if "tasks" in keys and "methods" in keys:
+    found = kinds_of(read_yaml(config))
+    kind = found[0] if len(found) == 1 else "run"  # whose errors say what is missing
+    if kind == "arena":
         arena = load_arena(config)
         runs = [s.run_config(arm) for s in arena.sweeps.values() for arm in s.arms]
         files = [(config.parent / t.sweep).resolve() for t in arena.config.tasks.values()]
         return "arena", runs, arena.config.mlflow.tracking_uri, files
-    if "arms" in keys or "question" in keys:
+    if kind == "ab":
         sweep = load_sweep(config)
         runs = [sweep.run_config(arm) for arm in sweep.arms]
         return "ab", runs, sweep.mlflow.tracking_uri, []
-    if "space" in keys:
+    if kind == "tune":
         search = load_tune(config)
         return "tune", [search.candidate({})], search.mlflow.tracking_uri, []
-    if "workload" in keys:
+    if kind == "baseline":
         baseline = load_baseline_config(config)
         grown = baseline.lifecycle.run if baseline.lifecycle else None
         runs = [validate(RunConfig, grown, source=str(config))] if grown else []

@@ -1,0 +1,1 @@
+"""Configurations: YAML in, frozen models out, and errors that say what to write instead."""

@@ -5,8 +5,6 @@ that sweep, or one with some keys changed, under one name in every task.
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,7 +13,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from esper.config.base import Config, ConfigError, read_yaml, validate
+from esper.config.base import Config, ConfigError, content_hash, validate
+from esper.config.kinds import read_kind
 from esper.config.sweep import Secondary, SweepConfig, TrackingConfig, load_sweep, merge
 
 
@@ -129,7 +128,7 @@ class Arena:
             "sweeps": {task: sweep.config_hash for task, sweep in self.sweeps.items()},
             "absent": {task: dict(absent) for task, absent in self.absent.items()},
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return content_hash(content)
 
     def only(self, tasks: Sequence[str]) -> "Arena":
         """Some of its tasks, which is another question; trials that ran before count.
@@ -164,7 +163,7 @@ def load_arena(path: Path) -> Arena:
     Raises:
         ConfigError: With every problem of one file, one task or one arm.
     """
-    config = validate(ArenaConfig, read_yaml(path), source=str(path))
+    config = validate(ArenaConfig, read_kind(path, "arena"), source=str(path))
     sweeps, absent = {}, {}
     for task in config.tasks:
         base = load_sweep(path.parent / config.tasks[task].sweep)

@@ -1,5 +1,7 @@
 """The base of every configuration model, and errors that say where, what rule and what instead."""
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -19,6 +21,11 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 M = TypeVar("M", bound=BaseModel)
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """sha256 of plain data as JSON: of a configuration as it is, or as it was stored."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Config(BaseModel):

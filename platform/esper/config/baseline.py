@@ -1,13 +1,12 @@
 """Configuration of a performance baseline: what runs, how often, and for how long."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from esper.config.base import Config, read_yaml, validate
+from esper.config.base import Config, content_hash, validate
+from esper.config.kinds import read_kind
 
 Implementation = Literal["legacy", "kasmina"]
 
@@ -137,8 +136,7 @@ class BaselineConfig(Config):
     @property
     def hash(self) -> str:
         """sha256 over everything that decides what is measured."""
-        content = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        return content_hash(self.model_dump(mode="json"))
 
 
 def load_baseline_config(path: Path) -> BaselineConfig:
@@ -147,4 +145,4 @@ def load_baseline_config(path: Path) -> BaselineConfig:
     Raises:
         ConfigError: With every problem of the file.
     """
-    return validate(BaselineConfig, read_yaml(path), source=str(path))
+    return validate(BaselineConfig, read_kind(path, "baseline"), source=str(path))

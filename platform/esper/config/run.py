@@ -15,7 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from esper.config.base import Config, ConfigError, explain, read_yaml, validate
+from esper.config.base import Config, ConfigError, explain, validate
+from esper.config.kinds import read_kind
 from esper.registry import Registry, UnknownNameError
 
 M = TypeVar("M", bound=BaseModel)
@@ -335,4 +336,4 @@ def load_run(path: Path) -> RunConfig:
     Raises:
         ConfigError: With every problem of the file.
     """
-    return validate(RunConfig, read_yaml(path), source=str(path))
+    return validate(RunConfig, read_kind(path, "run"), source=str(path))

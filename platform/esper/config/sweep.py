@@ -1,14 +1,14 @@
 """Configuration of a sweep: paired arms, the question asked of them, and where results go."""
 
-import hashlib
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from esper.config.base import Config, ConfigError, read_yaml, validate
+from esper.config.base import Config, ConfigError, content_hash, validate
+from esper.config.defaults import TRACKING_URI
+from esper.config.kinds import read_kind
 from esper.config.run import RunConfig
 from esper.config.shards import ShardsConfig
 
@@ -196,7 +196,7 @@ class TrackingConfig(Config):
     """Where MLflow keeps the runs."""
 
     tracking_uri: str = Field(
-        "sqlite:///mlflow.db", description="MLflow's tracking URI: a database or a server."
+        TRACKING_URI, description="MLflow's tracking URI: a database or a server."
     )
     experiment: str = Field("esper", description="Name of the experiment in MLflow.")
 
@@ -308,11 +308,6 @@ class SweepConfig(Config):
         return content_hash(self.content)
 
 
-def content_hash(content: dict[str, Any]) -> str:
-    """sha256 of a sweep's content, as it is or as it was stored."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     """Mappings merge key by key; anything else is replaced.
 
@@ -335,7 +330,7 @@ def load_sweep(path: Path) -> SweepConfig:
     Raises:
         ConfigError: With every problem of the file or of one arm.
     """
-    sweep = validate(SweepConfig, read_yaml(path), source=str(path))
+    sweep = validate(SweepConfig, read_kind(path, "ab"), source=str(path))
     for arm in sweep.arms:
         try:
             sweep.run_config(arm)

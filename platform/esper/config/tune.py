@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from esper.config.base import Config, ConfigError, read_yaml, validate
+from esper.config.base import Config, ConfigError, content_hash, validate
+from esper.config.kinds import read_kind
 from esper.config.run import RunConfig
-from esper.config.sweep import Question, Resources, SweepConfig, TrackingConfig, content_hash, merge
+from esper.config.sweep import Question, Resources, SweepConfig, TrackingConfig, merge
 
 # what may change in the middle of a run, at the end of an interval
 CHANGEABLE = ("train.learning_rate", "growth.", "controller.options.")
@@ -159,22 +160,27 @@ class TuneConfig(Config):
         return validate(RunConfig, keys, source=f"run with {said}", at="run")
 
     def confirmation(self, values: Mapping[str, Any]) -> SweepConfig:
-        """The sweep that tests some values against the run as it is."""
+        """The sweep that tests some values against the run as it is.
+
+        Raises:
+            ConfigError: If they make no valid sweep.
+        """
         confirm = self.confirm
-        return SweepConfig(
-            name=f"{self.name}-confirm",
-            run=self.run,
-            arms={DEFAULT: {}, TUNED: self.overrides(values)},
-            pairs=confirm.pairs,
-            first_seed=confirm.first_seed,
-            question=Question(
+        keys = {
+            "name": f"{self.name}-confirm",
+            "run": self.run,
+            "arms": {DEFAULT: {}, TUNED: self.overrides(values)},
+            "pairs": confirm.pairs,
+            "first_seed": confirm.first_seed,
+            "question": Question(
                 treatment=TUNED, control=DEFAULT, metric=confirm.metric,
                 higher_is_better=confirm.higher_is_better, margin=confirm.margin,
             ),
-            resources=self.resources,
-            mlflow=self.mlflow,
-            output_dir=self.output_dir,
-        )  # fmt: skip
+            "resources": self.resources,
+            "mlflow": self.mlflow,
+            "output_dir": self.output_dir,
+        }  # fmt: skip
+        return validate(SweepConfig, keys, source="the test of the best candidate", at="confirm")
 
     @property
     def every_steps(self) -> int:
@@ -205,7 +211,7 @@ def load_tune(path: Path) -> TuneConfig:
     Raises:
         ConfigError: With every problem of the file.
     """
-    tune = validate(TuneConfig, read_yaml(path), source=str(path))
+    tune = validate(TuneConfig, read_kind(path, "tune"), source=str(path))
     problems: list[str] = []
     base = None
     for values in ({}, *({k: end} for k, domain in tune.space.items() for end in domain.ends)):
@@ -220,6 +226,10 @@ def load_tune(path: Path) -> TuneConfig:
             problems += [p for p in error.problems if p not in problems]
     if base is not None:
         problems += _whole(tune, base)
+        try:
+            tune.confirmation({})  # before the search: it would be a pity after it
+        except ConfigError as error:
+            problems += error.problems
     if problems:
         raise ConfigError(str(path), tuple(problems))
     return tune

@@ -153,6 +153,19 @@ class ControllerOptions(Config):
         raise NotImplementedError(f"{type(self).__name__} must define build(seed, events).")
 
 
+def registered(name: str, registry: Registry[Any]) -> str:
+    """A name that is registered, for a field's validator.
+
+    Raises:
+        ValueError: If it is not; pydantic makes a problem of the field of it.
+    """
+    try:
+        registry[name]
+    except UnknownNameError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
 class GrowingOptions(ControllerOptions):
     """What a controller that germinates seeds needs to know about them."""
 
@@ -162,12 +175,7 @@ class GrowingOptions(ControllerOptions):
     @field_validator("blueprint", "graft")
     @classmethod
     def _registered(cls, name: str, info: ValidationInfo) -> str:
-        registry: Registry[Any] = BLUEPRINTS if info.field_name == "blueprint" else GRAFTS
-        try:
-            registry[name]
-        except UnknownNameError as error:
-            raise ValueError(str(error)) from None
-        return name
+        return registered(name, BLUEPRINTS if info.field_name == "blueprint" else GRAFTS)
 
 
 CONTROLLERS: Registry[type[ControllerOptions]] = Registry("controller")

@@ -13,7 +13,7 @@ pytest collects such a class; its tests need no fixture, so that they run anywhe
 import copy
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 
 import numpy as np
@@ -26,6 +26,7 @@ from esper.seeds.grafting import GRAFTS
 from esper.seeds.lifecycle import advance
 from esper.seeds.report import Floats, Report, SiteReport
 from esper.seeds.state import GRAFTED_STAGES, Stage
+from esper.surgery.growth_log import pack_action
 
 NUM_REPORTS = 30
 _LIVE = [s for s in Stage if s is not Stage.DORMANT]
@@ -101,6 +102,12 @@ class ControllerContract:
         controller = self.make(seed)
         for report in random_reports(seed):
             yield report, controller.decide(report)
+
+
+def without_reasons(actions: Iterable[Action]) -> list[object]:
+    """What is decided, to be compared; reasons quote measurements, which differ in rounding."""
+    packed = map(pack_action, actions)
+    return [(p["action"], {k: v for k, v in p["fields"].items() if k != "reason"}) for p in packed]
 
 
 def random_reports(seed: int, count: int = NUM_REPORTS) -> Iterator[Report]:

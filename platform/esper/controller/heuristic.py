@@ -23,7 +23,7 @@ from esper.seeds.actions import Action, Germinate
 from esper.seeds.gates import MissingMeasurementError, measured, measured_all, resources
 from esper.seeds.lifecycle import MOVES
 from esper.seeds.report import Report, SiteReport
-from esper.seeds.state import PIPELINE_STAGES, Stage
+from esper.seeds.state import AWAKE_STAGES, PIPELINE_STAGES, Stage
 
 
 class HeuristicController:
@@ -167,7 +167,8 @@ class HeuristicController:
     def _promising(self, site: SiteReport, count: int) -> list[tuple[float, int]]:
         """The dormant seeds of a site whose places promise most, each after what it promises.
 
-        The score, or the bottleneck for each parameter of the seed; of equals the lowest.
+        The score, or the bottleneck for each parameter of the seed, less where more seeds of the
+        site are awake; of equals the lowest.
         """
         relative = self._options.score == "relative_bottleneck"
         name = "bottleneck" if relative else self._options.score
@@ -187,7 +188,9 @@ class HeuristicController:
             enough = scores >= np.partition(scores, -count)[-count]
             seeds, scores = seeds[enough], scores[enough]
         best = np.argsort(-scores, kind="stable")[:count]
-        return list(zip(scores[best].tolist(), seeds[best].tolist(), strict=True))
+        crowd = len(site.seeds_in(*AWAKE_STAGES)) + np.arange(1, len(best) + 1)
+        promises = scores[best] / crowd**self._options.crowding
+        return list(zip(promises.tolist(), seeds[best].tolist(), strict=True))
 
 
 def _leaves_under_way(report: Report, actions: Sequence[Action]) -> bool:
@@ -222,6 +225,11 @@ class TamiyoOptions(GrowingOptions):
         "grad_energy", description="What a place is chosen by. The last is the bottleneck times "
         "the variance of the site's output, for sites whose outputs differ in scale: what a "
         "change in proportion to the output is worth.",
+    )  # fmt: skip
+    crowding: float = Field(
+        0.0, ge=0, description="How far seeds spread over sites: the score of the k-th seed awake "
+        "at a site counts for its k-th part to this power. 0: the score alone, which gathers "
+        "units of rank one at few maps; for adapting a frozen model 2 was better.",
     )  # fmt: skip
     blueprint_by_score: bool = Field(
         False, description="Whether each site grows what promises most there for each parameter, "

@@ -18,17 +18,24 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 from scipy.special import ndtr
 
 from esper.config.base import Config, ConfigError, validate
 from esper.controller.adaptations import Candidate, Draw, features_of
-from esper.controller.base import CONTROLLERS, Controller, GrowthEvent, germinate
+from esper.controller.base import (
+    CONTROLLERS,
+    Controller,
+    GrowthEvent,
+    germinate,
+    registered,
+)
 from esper.controller.heuristic import HeuristicController, TamiyoOptions
-from esper.registry import UnknownNameError
+from esper.registry import Registry
 from esper.seeds.actions import Action, Germinate
 from esper.seeds.blueprints import BLUEPRINTS
 from esper.seeds.gates import resources
+from esper.seeds.grafting import GRAFTS
 from esper.seeds.report import Report
 
 Doubles = NDArray[np.float64]
@@ -278,16 +285,9 @@ class LearnedOptions(TamiyoOptions):
 
     @field_validator("blueprints", "grafts")
     @classmethod
-    def _all_registered(cls, names: tuple[str, ...], info: Any) -> tuple[str, ...]:
-        from esper.seeds.grafting import GRAFTS
-
-        registry: Any = BLUEPRINTS if info.field_name == "blueprints" else GRAFTS
-        for name in names:
-            try:
-                registry[name]
-            except UnknownNameError as error:
-                raise ValueError(str(error)) from None
-        return names
+    def _all_registered(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        registry: Registry[Any] = BLUEPRINTS if info.field_name == "blueprints" else GRAFTS
+        return tuple(registered(name, registry) for name in names)
 
     def build(self, seed: int, events: tuple[GrowthEvent, ...] = ()) -> Controller:
         """A learned controller.

@@ -1,0 +1,1 @@
+"""Evidence: records, the statistics over them, the verdicts, and their verification."""

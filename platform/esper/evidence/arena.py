@@ -15,12 +15,13 @@ from pydantic import Field
 
 from esper.config.arena import Scale
 from esper.config.sweep import Comparison
+from esper.evidence.arm_summary import ArmSummary, summarise
 from esper.evidence.compare import PValues, measure, values_of
 from esper.evidence.health import unhealthy_reasons
 from esper.evidence.paired import Floats, holm, rank_collapsed
 from esper.evidence.records import Record, Registration, TrialRecord, canonical_hash
 from esper.evidence.scores import front, iqm, profile, stratified_bootstrap, tau_grid
-from esper.evidence.verdict import ArmSummary, HolmAdjusted, Verdict, judge, summarise
+from esper.evidence.verdict import HolmAdjusted, Verdict, judge
 
 _ALL_ONES = PValues(1.0, 1.0, 1.0)
 

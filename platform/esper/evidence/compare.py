@@ -187,7 +187,7 @@ def _collapse_guardrail(
     treatment: NDArray[np.bool_], control: NDArray[np.bool_], share: float
 ) -> GuardrailResult:
     alpha = ALPHA_GUARDRAIL * share
-    p = mcnemar_exact_p(treatment, control, alternative="greater")
+    p = mcnemar_exact_p(treatment, control)
     return GuardrailResult(
         metric=COLLAPSE,
         margin=0.0,

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from esper.config.sweep import Comparison, Question
-from esper.evidence.records import Registration, TrialRecord, canonical_hash, is_collapsed
+from esper.evidence.records import Registration, TrialRecord, is_collapsed
 
 ALPHA_HEALTH = 0.001
 LARGEST_VALUE = 1e100
@@ -72,7 +72,7 @@ def check_comparison(registration: Registration, comparison: Comparison) -> list
 def check_registration(records: Sequence[TrialRecord], registration: Registration) -> list[str]:
     """The registration is unaltered, is older than every trial, and every record carries it."""
     reasons = []
-    expected = canonical_hash(registration, "sweep", "config_hash", "question", "pairs", "arms")
+    expected = registration.digest()
     if registration.registration_hash != expected:
         reasons.append("The registration was altered: its hash does not match its content.")
     foreign = [r.trial_id for r in records if r.registration_hash != registration.registration_hash]

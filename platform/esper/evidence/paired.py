@@ -13,13 +13,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
+from scipy import special, stats
 
 from esper.evidence.sequential import e_process
 
-Alternative = Literal["greater", "less", "two-sided"]
 TestName = Literal["sign_flip", "wilcoxon", "e_process"]
 Floats = NDArray[np.float64]
 
@@ -30,6 +27,7 @@ ALPHA_EQUIVALENCE = 0.05
 POWER = 0.9
 MIN_PAIRS = 6
 MAX_PAIRS_NEEDED = 1_000
+LARGEST_DZ = 5.0  # scipy's noncentral t gives NaN for dozens of standard deviations
 _TIE_FRAC = 1e-9
 _ROUNDING_FRAC = 1e-12
 
@@ -120,51 +118,24 @@ def one_sided(differences: ArrayLike, *, test: TestName = "sign_flip", seed: int
 
     Args:
         differences: `[pairs]`, finite.
-        test: `sign_flip` tests the mean, `wilcoxon` the signed ranks. `e_process` tests symmetry
-            about zero and may be looked at after every pair, for which it needs the differences in
-            the order of their pairs.
+        test: `sign_flip` tests the mean: under the null the sign of every difference is a fair
+            coin, whatever their distribution. `wilcoxon` tests the signed ranks; tied sizes share
+            their mean rank, and a zero keeps its rank but counts for neither side (Pratt). Both
+            are exact up to 16 pairs, `wilcoxon` without ties and zeros beyond, too. `e_process`
+            tests symmetry about zero and may be looked at after every pair, for which it needs
+            the differences in the order of their pairs.
         seed: Of the resampling beyond 16 pairs.
 
     Raises:
         ValueError: With fewer than two differences, or one that is not finite.
+
+    Source: Fisher, The Design of Experiments (1935), section 21; Wilcoxon, Biometrics 1 (1945);
+        Pratt, JASA 54 (1959).
     """
     d = _checked(differences, least=2)
     if test == "e_process":
         return _e_process(d)
     return _sign_flip(d, seed) if test == "sign_flip" else _wilcoxon(d, seed)
-
-
-def _pick(p: OneSided, alternative: Alternative) -> float:
-    if alternative == "two-sided":
-        return min(1.0, 2 * min(p))
-    return p.greater if alternative == "greater" else p.less
-
-
-def sign_flip_p(differences: ArrayLike, *, alternative: Alternative, seed: int = 0) -> float:
-    """p-value of the sign-flip test on the mean: exact up to 16 pairs, 99,999 draws beyond.
-
-    Under the null the sign of every difference is a fair coin, whatever their distribution.
-
-    Raises:
-        ValueError: With fewer than two differences, or one that is not finite.
-
-    Source: Fisher, The Design of Experiments (1935), section 21.
-    """
-    return _pick(one_sided(differences, test="sign_flip", seed=seed), alternative)
-
-
-def wilcoxon_p(differences: ArrayLike, *, alternative: Alternative, seed: int = 0) -> float:
-    """p-value of the signed-rank test, exact also with ties and zeros up to 16 pairs.
-
-    Tied sizes share their mean rank. A zero keeps its rank but counts for neither side (Pratt), so
-    that differences which are all zero give 1. `seed` matters for ties beyond 16 pairs only.
-
-    Raises:
-        ValueError: With fewer than two differences, or one that is not finite.
-
-    Source: Wilcoxon, Biometrics 1 (1945); Pratt, JASA 54 (1959).
-    """
-    return _pick(one_sided(differences, test="wilcoxon", seed=seed), alternative)
 
 
 def shift(differences: ArrayLike, by: float) -> Floats:
@@ -179,12 +150,6 @@ def shift(differences: ArrayLike, by: float) -> Floats:
     return np.where(np.abs(shifted) <= rounding, 0.0, shifted)
 
 
-def _require_margin(margin: float, *, positive: bool) -> None:
-    if not math.isfinite(margin) or margin < 0 or (positive and margin == 0):
-        rule = "positive" if positive else "at least 0"
-        raise ValueError(f"margin must be {rule} and finite, but got {margin=}; set it beforehand.")
-
-
 def equivalence_p(
     differences: ArrayLike, margin: float, *, test: TestName = "sign_flip", seed: int = 0
 ) -> float:
@@ -196,23 +161,13 @@ def equivalence_p(
 
     Source: Schuirmann, J. Pharmacokinetics and Biopharmaceutics 15 (1987).
     """
-    _require_margin(margin, positive=True)
+    if not 0 < margin < math.inf:
+        raise ValueError(
+            f"margin must be positive and finite, but got {margin=}; set it beforehand."
+        )
     above = one_sided(shift(differences, margin), test=test, seed=seed).greater
     below = one_sided(shift(differences, -margin), test=test, seed=seed).less
     return max(above, below)
-
-
-def non_inferiority_p(
-    differences: ArrayLike, margin: float, *, test: TestName = "sign_flip", seed: int = 0
-) -> float:
-    """p-value for "the treatment is not worse than the control by `margin` or more".
-
-    Raises:
-        ValueError: If `margin` is negative, with fewer than two differences, or one that is not
-            finite.
-    """
-    _require_margin(margin, positive=False)
-    return one_sided(shift(differences, margin), test=test, seed=seed).greater
 
 
 def t_interval(differences: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
@@ -269,18 +224,15 @@ def cohen_dz(differences: ArrayLike) -> float:
     return mean / sd
 
 
-def mcnemar_exact_p(
-    treatment_collapsed: ArrayLike, control_collapsed: ArrayLike, *, alternative: Alternative
-) -> float:
-    """Exact McNemar test of two collapse rates; only pairs with exactly one collapse count.
+def mcnemar_exact_p(treatment_collapsed: ArrayLike, control_collapsed: ArrayLike) -> float:
+    """Exact McNemar test that the treatment collapses more often than the control.
 
     Args:
         treatment_collapsed: Truth values `[pairs]`.
         control_collapsed: Truth values `[pairs]`.
-        alternative: `greater`: the treatment collapses more often.
 
     Returns:
-        The p-value; 1 where no pair has exactly one collapse.
+        The p-value; only pairs with exactly one collapse count, and it is 1 where there is none.
 
     Source: McNemar, Psychometrika 12 (1947).
     """
@@ -294,7 +246,7 @@ def mcnemar_exact_p(
     only_t, only_c = int(np.count_nonzero(t & ~c)), int(np.count_nonzero(c & ~t))
     if only_t + only_c == 0:
         return 1.0
-    return float(stats.binomtest(only_t, only_t + only_c, alternative=alternative).pvalue)
+    return float(stats.binomtest(only_t, only_t + only_c, alternative="greater").pvalue)
 
 
 def rank_collapsed(
@@ -333,6 +285,19 @@ def rank_collapsed(
     return {a: sign * np.where(np.isfinite(v), v, collapsed) for a, v in arms.items()}
 
 
+def t_power(dz: float, pairs: int, alpha: float) -> float:
+    """Power of a one-sided paired t test.
+
+    Args:
+        dz: Mean difference in standard deviations of the differences; counted as at most 5.
+        pairs: At least 2.
+        alpha: Error rate of the test.
+    """
+    dz = min(max(dz, -LARGEST_DZ), LARGEST_DZ)
+    least = stats.t.isf(alpha, pairs - 1)
+    return float(1 - special.nctdtr(pairs - 1, dz * math.sqrt(pairs), least))
+
+
 def pairs_for_effect(effect: float, *, alpha: float, power: float = POWER) -> int | None:
     """Pairs after which a one-sided paired t test finds `effect` standard deviations.
 
@@ -341,8 +306,7 @@ def pairs_for_effect(effect: float, *, alpha: float, power: float = POWER) -> in
     """
 
     def power_at(pairs: int) -> float:
-        # statsmodels returns NaN for effects of dozens of standard deviations
-        return float(TTestPower().power(min(effect, 5.0), pairs, alpha, alternative="larger"))
+        return t_power(effect, pairs, alpha)
 
     if effect <= 0 or power_at(MAX_PAIRS_NEEDED) < power:
         return None
@@ -379,4 +343,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Source: Holm, Scandinavian Journal of Statistics 6 (1979).
     """
-    return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1)), 1.0)
+    return [float(q) for q in adjusted]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize
-from statsmodels.stats.power import TTestPower
 
 from esper.evidence.compare import (
     ALPHA_GUARDRAIL,
@@ -27,9 +26,11 @@ from esper.evidence.health import COLLAPSE, sides_of
 from esper.evidence.paired import (
     ALPHA,
     ALPHA_EQUIVALENCE,
+    LARGEST_DZ,
     MAX_PAIRS_NEEDED,
     MIN_PAIRS,
     Floats,
+    t_power,
 )
 from esper.evidence.records import Registration, TrialRecord
 from esper.evidence.sequential import e_process
@@ -41,7 +42,6 @@ REPETITIONS = 1_000
 MAX_COLLAPSED_FRAC = 0.02
 LARGEST_EXACT = 20
 NUM_PATTERNS = 19_999
-_LARGEST_DZ = 5.0
 _TIE_FRAC = 1e-9
 
 
@@ -129,16 +129,10 @@ def collapsed_runs(records: Sequence[TrialRecord], registration: Registration) -
     return int(np.isnan(values).sum()), values.size
 
 
-def _t_power(dz: float, pairs: int, alpha: float) -> float:
-    # statsmodels returns NaN for effects of dozens of standard deviations
-    dz = min(max(dz, -_LARGEST_DZ), _LARGEST_DZ)
-    return float(TTestPower().power(dz, pairs, alpha, alternative="larger"))
-
-
 def win_power(goal: Assumed, guardrails: Sequence[Assumed], pairs: int) -> float:
     """Chance of WIN by Student's t, with guardrails that are independent of one another."""
-    passed = (_t_power(g.dz(g.margin or 0.0), pairs, ALPHA_GUARDRAIL) for g in guardrails)
-    return _t_power(goal.dz(), pairs, ALPHA) * math.prod(passed)
+    passed = (t_power(g.dz(g.margin or 0.0), pairs, ALPHA_GUARDRAIL) for g in guardrails)
+    return t_power(goal.dz(), pairs, ALPHA) * math.prod(passed)
 
 
 def equivalence_power(goal: Assumed, pairs: int) -> float:
@@ -149,7 +143,7 @@ def equivalence_power(goal: Assumed, pairs: int) -> float:
     """
     margin = goal.margin or 0.0
     above, below = goal.dz(margin), Assumed(-goal.mean, goal.sd).dz(margin)
-    both = sum(_t_power(dz, pairs, ALPHA_EQUIVALENCE) for dz in (above, below)) - 1
+    both = sum(t_power(dz, pairs, ALPHA_EQUIVALENCE) for dz in (above, below)) - 1
     return max(0.0, both - 2 * ALPHA)
 
 
@@ -177,9 +171,9 @@ def smallest_effect(
     def excess(dz: float) -> float:
         return win_power(Assumed(dz * sd, sd), guardrails, pairs) - power
 
-    if sd == 0 or excess(_LARGEST_DZ) < 0:
+    if sd == 0 or excess(LARGEST_DZ) < 0:
         return None
-    return float(optimize.brentq(excess, 0.0, _LARGEST_DZ)) * sd
+    return float(optimize.brentq(excess, 0.0, LARGEST_DZ)) * sd
 
 
 def sign_flips(differences: Floats) -> tuple[Floats, Floats]:

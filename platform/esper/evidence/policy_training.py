@@ -1,20 +1,17 @@
 """From field reports to a policy: fitting the model of the gain, and judging it before use."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.linear_model import BayesianRidge
 
 from esper.config.base import ConfigError
 from esper.controller.adaptations import Candidate, FieldReport
 from esper.controller.learned import Encoding, PolicyModel, transformed
 from esper.evidence.offline import OfflineValue, offline_value
+from esper.evidence.paired import Floats
 
-Doubles = NDArray[np.float64]
-# probabilities of a policy over candidates
-Chooser = Callable[[Sequence[Candidate]], Doubles]
 LEAST_REPORTS = 50
 _FOLDS = 5
 
@@ -122,7 +119,7 @@ def judge(reports: Sequence[FieldReport], explore_frac: float) -> list[Judged]:
 
 def _chances(
     name: str, model: PolicyModel, candidates: Sequence[Candidate], explore_frac: float
-) -> Doubles:
+) -> Floats:
     even = np.full(len(candidates), 1 / len(candidates))
     if name == "any":
         return even
@@ -130,7 +127,7 @@ def _chances(
         return explore_frac * even + (1 - explore_frac) * model.chances(candidates, 0)
     energy = np.array([c.features.get("grad_energy", -np.inf) for c in candidates])
     best = (energy == energy.max()).astype(np.float64)
-    shares: Doubles = best / best.sum()
+    shares: Floats = best / best.sum()
     return shares
 
 

@@ -1,16 +1,24 @@
 """Evidence: what every finished trial leaves on disk, from which any verdict is computed again."""
 
-import json
 import math
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from esper.atomic import write_atomically
+from esper.config.base import content_hash
 from esper.config.run import Execution
 from esper.config.sweep import Question
+
+REGISTRATION = "registration.json"  # the name of its file in the folder of a sweep or an arena
+
+R = TypeVar("R", bound="Record")
+
+
+class EvidenceError(ValueError):
+    """Stored evidence cannot be used: it is damaged, or answers another question."""
 
 
 class Record(BaseModel):
@@ -121,6 +129,10 @@ class Registration(Record):
         description="sha256 of sweep, config_hash, question, pairs and arms."
     )
 
+    def digest(self) -> str:
+        """What `registration_hash` must be."""
+        return canonical_hash(self, "sweep", "config_hash", "question", "pairs", "arms")
+
 
 def write_json(path: Path, record: BaseModel) -> None:
     """Write a record atomically."""
@@ -133,21 +145,36 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, text.encode("utf-8"))
 
 
+def read_json(path: Path, kind: type[R], *, remedy: str) -> R:
+    """Read what `write_json` wrote.
+
+    Args:
+        path: The file.
+        kind: What it must hold.
+        remedy: What to do about a damaged file, for the error.
+
+    Raises:
+        EvidenceError: If it is damaged.
+        OSError: If it cannot be read.
+    """
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvidenceError(
+            f"{path} must be a {kind.__name__}, but is damaged: {error}; {remedy}."
+        ) from error
+
+
 def read_records(folder: Path) -> list[TrialRecord]:
     """All trial records of a sweep folder's `trials/`, sorted by arm and pair.
 
     Raises:
-        ValueError: If a file is damaged; it is named, and nothing is skipped.
+        EvidenceError: If a file is damaged; it is named, and nothing is skipped.
     """
-    records = []
-    for path in sorted((folder / "trials").glob("*.json")):
-        try:
-            records.append(TrialRecord.model_validate_json(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} must be a trial record, but is damaged: {error}; "
-                "delete the file to run that trial again."
-            ) from error
+    records = [
+        read_json(path, TrialRecord, remedy="delete the file to run that trial again")
+        for path in sorted((folder / "trials").glob("*.json"))
+    ]
     return sorted(records, key=lambda r: (r.arm, r.pair))
 
 
@@ -158,7 +185,4 @@ def is_collapsed(value: float) -> bool:
 
 def canonical_hash(record: BaseModel, *fields: str) -> str:
     """sha256 of the given fields as canonical JSON."""
-    import hashlib
-
-    content = record.model_dump(mode="json", include=set(fields))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return content_hash(record.model_dump(mode="json", include=set(fields)))

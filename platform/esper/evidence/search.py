@@ -7,6 +7,7 @@ candidates train a little, the best share goes on, and the last one trains to th
 import math
 from collections.abc import Mapping, Sequence
 
+from esper.config.base import ConfigError
 from esper.config.sweep import Search
 from esper.evidence.records import TrialRecord
 
@@ -21,7 +22,7 @@ def search_records(
         searches: By name; the names become arms.
 
     Raises:
-        ValueError: If a candidate has no curve of the search's metric.
+        ConfigError: If a candidate has no curve of the search's metric.
     """
     by_pair: dict[int, dict[str, TrialRecord]] = {}
     for record in records:
@@ -43,14 +44,14 @@ def halve(name: str, search: Search, runs: Sequence[TrialRecord]) -> TrialRecord
         runs: The candidates of one pair, all trained to the end.
 
     Raises:
-        ValueError: If a candidate has no curve of the search's metric.
+        ConfigError: If a candidate has no curve of the search's metric.
     """
     for run in runs:
         if search.metric not in run.curves:
-            raise ValueError(
-                f"search '{name}' must compare a curve of its candidates, but '{run.trial_id}' "
-                f"has no '{search.metric}', only {', '.join(run.curves)}; change its metric."
-            )
+            raise ConfigError(f"search '{name}'", (
+                f"it must compare a curve of its candidates, but '{run.trial_id}' has no "
+                f"'{search.metric}', only {', '.join(run.curves)}; change its metric.",
+            ))  # fmt: skip
     rungs = math.ceil(math.log(len(runs), search.eta))
     left, spent = list(runs), {run.trial_id: 0.0 for run in runs}
     for rung in range(rungs + 1):

@@ -14,19 +14,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from esper.config.base import ConfigError
-from esper.config.sweep import Comparison, Question, SweepConfig, content_hash
-from esper.evidence.records import (
-    Record,
-    Registration,
-    TrialRecord,
-    canonical_hash,
-    write_text,
-)
+from esper.config.base import ConfigError, content_hash
+from esper.config.sweep import Comparison, Question, SweepConfig
+from esper.evidence.records import REGISTRATION, Record, Registration, TrialRecord, write_text
 from esper.evidence.search import search_records
 from esper.evidence.verdict import Verdict, judge_all, looks_of
 
-CONFIG, SEAL, REGISTRATION = "config.json", "SHA256SUMS", "registration.json"
+CONFIG, SEAL = "config.json", "SHA256SUMS"
 R = TypeVar("R", bound=Record)
 
 
@@ -226,7 +220,7 @@ def _registered(
 ) -> Iterator[str]:
     """Whether registration, configuration and the records of the first pairs belong together."""
     stated = registration.registration_hash
-    expected = canonical_hash(registration, "sweep", "config_hash", "question", "pairs", "arms")
+    expected = registration.digest()
     if stated != expected:
         yield f"{REGISTRATION} was altered: it states {stated[:16]}, but has {expected[:16]}."
     if config_hash != registration.config_hash:

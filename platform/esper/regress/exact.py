@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from esper.config.run import Execution, RunConfig
 from esper.controller.base import remind
+from esper.controller.contract import without_reasons
 from esper.evidence.records import Fingerprint
 from esper.regress.finding import Finding, capped, changed_bits
 from esper.seeds import legacy, lifecycle
@@ -26,7 +27,6 @@ from esper.seeds.grafting import GRAFTS
 from esper.seeds.kasmina import KasminaLayer
 from esper.seeds.state import SeedState, Stage
 from esper.surgery.attach import attach
-from esper.surgery.growth_log import pack_action
 from esper.trial import Trial, TrialSpec
 
 EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
@@ -306,7 +306,7 @@ def decisions(runs: int) -> Finding:
             new.controller.load_state_dict(memory)
             again = new.controller.decide(reports[0])
             asked, made = asked + 1, made + len(first)
-            if _bare(first) != _bare(other):
+            if without_reasons(first) != without_reasons(other):
                 problems.append(f"run {seed}, step {reports[0].step}: legacy decides otherwise")
             if first != again or new.controller.state_dict() != after:
                 problems.append(f"run {seed}, step {reports[0].step}: not the same when replayed")
@@ -320,12 +320,6 @@ def decisions(runs: int) -> Finding:
         {"replayed_decisions_differing": (len(problems), "count")},
         (f"{made} decisions on {asked} reports",),
     )  # fmt: skip
-
-
-def _bare(actions: Sequence[Action]) -> list[object]:
-    """Without reasons, which quote measurements."""
-    packed = [pack_action(a) for a in actions]
-    return [(p["action"], {k: v for k, v in p["fields"].items() if k != "reason"}) for p in packed]
 
 
 def dormant() -> Finding:

@@ -8,8 +8,9 @@ from typing import Any
 
 from mlflow.entities import Metric
 
+from esper.evidence.arm_summary import ArmSummary
 from esper.evidence.records import TransitionRecord, TrialRecord
-from esper.evidence.verdict import ArmSummary, Verdict
+from esper.evidence.verdict import Verdict
 
 Table = dict[str, list[Any]]
 

@@ -19,8 +19,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
+from esper.config.base import ConfigError
+from esper.evidence.arm_summary import ArmSummary
 from esper.evidence.records import TrialRecord
-from esper.evidence.verdict import ArmSummary, Verdict
+from esper.evidence.verdict import Verdict
 from esper.tracking.entities import (
     NOTE_TAG,
     Table,
@@ -112,7 +114,7 @@ class MlflowSink:
 
         Raises:
             ConnectionError: If the tracking URI cannot be reached.
-            ValueError: If the experiment was deleted, or `params` differ from the stored ones.
+            ConfigError: If the experiment was deleted, or `params` differ from the stored ones.
         """
         require_reachable(tracking_uri)
         client = _client(tracking_uri)
@@ -294,7 +296,7 @@ def log_single(
 
     Raises:
         ConnectionError: If the tracking URI cannot be reached.
-        ValueError: If the experiment was deleted.
+        ConfigError: If the experiment was deleted.
     """
     require_reachable(tracking_uri)
     client = _client(tracking_uri)
@@ -356,10 +358,10 @@ def _experiment(client: MlflowClient, tracking_uri: str, name: str) -> str:
             client.create_experiment(name, _artifact_location(tracking_uri, name), EXPERIMENT_TAGS)
         )
     if found.lifecycle_stage != "active":
-        raise ValueError(
+        raise ConfigError(tracking_uri, (
             f"mlflow.experiment must be an active experiment, but got '{name}', which is deleted; "
-            "restore it with `mlflow experiments restore` or choose another name."
-        )
+            "restore it with `mlflow experiments restore` or choose another name.",
+        ))  # fmt: skip
     return str(found.experiment_id)
 
 
@@ -403,10 +405,10 @@ def _write_params(client: MlflowClient, run_id: str, params: Mapping[str, object
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            raise ValueError(
-                f"params of {of} must equal those stored before, but got: {error.message}; "
-                "start a new sweep for a new configuration."
-            ) from error
+            raise ConfigError(of, (
+                f"its params must equal those stored before, but got: {error.message}; "
+                "start a new sweep for a new configuration.",
+            )) from error  # fmt: skip
 
 
 def _write_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from esper.evidence.verdict import ArmSummary, Verdict
+from esper.evidence.arm_summary import ArmSummary
+from esper.evidence.verdict import Verdict
 
 SAID = {
     "WIN": "{0} beats {1}",

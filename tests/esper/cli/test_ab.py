@@ -3,13 +3,7 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
-
-from esper.cli.main import app
-
-
-def esper(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+from tests.esper.cli.conftest import esper
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """`esper baseline` from the command line: exit codes, messages, reports, and what gates read."""
 
-import gc
 import json
 import subprocess
 import sys
@@ -9,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
+from tests.esper.cli.conftest import esper
 
 from esper.cli.baseline import MEASURED, OF_REGRESS, grow, measurements
-from esper.cli.main import app
 from esper.config.baseline import load_baseline_config
 from esper.evidence import measure
 from esper.evidence.baseline import FILE, Baseline, BaselinePlan, places
@@ -24,18 +22,6 @@ ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"
 SMOKE = CONFIGS / "baselines" / "smoke.yaml"
 TARGETS = ("--targets", CONFIGS / "phases.yaml")
-
-
-def esper(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_heap():
-    """statsmodels' Holm collects garbage at every call: half a second over all of torch."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

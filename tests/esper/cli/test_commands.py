@@ -14,9 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors import safe_open
-from typer.testing import CliRunner
-
-from esper.cli.main import app
+from tests.esper.cli.conftest import CLI, esper, esper_process
 
 ROOT = Path(__file__).parents[3]
 CONFIG = {
@@ -26,14 +24,6 @@ CONFIG = {
     "lattice": [{"sites": "fc1", "seeds_per_layer": 2, "hidden": 2}],
     "controller": {"name": "schedule", "options": {"at_intervals": [1]}},
 }
-
-
-def esper(*arguments, cwd):
-    script = "from esper_experiments.entry import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -77,7 +67,9 @@ def test_help_names_every_command_and_exit_code_and_loads_no_library(tmp_path):
 
 
 def test_run_trains_logs_saves_and_writes_json(tmp_path, config):
-    done = esper("run", config, "--seed", "3", "--save", "out", "--json", "r.json", cwd=tmp_path)
+    done = esper_process(
+        "run", config, "--seed", "3", "--save", "out", "--json", "r.json", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "step 200" in done.stdout
     assert "test_accuracy" in done.stdout
@@ -94,7 +86,7 @@ def test_run_trains_logs_saves_and_writes_json(tmp_path, config):
 def test_a_run_that_collapses_says_so_and_is_recorded(tmp_path, config):
     wild = {**CONFIG, "train": {**CONFIG["train"], "learning_rate": 1e38, "optimizer": "sgd"}}
     config.write_text(yaml.safe_dump(wild))
-    done = esper("run", config, "--json", "r.json", cwd=tmp_path)
+    done = esper_process("run", config, "--json", "r.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "the run collapsed: training loss" in done.stdout
     assert json.loads((tmp_path / "r.json").read_text())["status"] == "collapsed"
@@ -113,7 +105,7 @@ def test_a_run_that_collapses_says_so_and_is_recorded(tmp_path, config):
 )
 def test_a_wrong_config_is_refused_with_its_path_and_rule(tmp_path, config, text, message):
     config.write_text(text)
-    done = esper("run", config, cwd=tmp_path)
+    done = esper_process("run", config, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -133,7 +125,7 @@ def test_what_cannot_work_is_refused_before_anything_is_done(
 ):
     (tmp_path / "cuda.yaml").write_text(yaml.safe_dump({**CONFIG, "device": "cuda:99"}))
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, arguments)
+    done = esper(*arguments)
     assert done.exit_code == code, done.output
     assert message in done.stderr
     assert "step 50" not in done.stdout
@@ -141,7 +133,7 @@ def test_what_cannot_work_is_refused_before_anything_is_done(
 
 
 def test_a_missing_config_is_named(tmp_path):
-    done = esper("ab", "nowhere.yaml", cwd=tmp_path)
+    done = esper_process("ab", "nowhere.yaml", cwd=tmp_path)
     assert done.returncode == 2
     assert "nowhere.yaml" in done.stderr
     assert "No such file" in done.stderr
@@ -191,9 +183,8 @@ def test_ui_serves_mlflow_on_loopback(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    script = "from esper_experiments.entry import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "ui", "--port", str(port)],
+        [*CLI, "ui", "--port", str(port)],
         cwd=tmp_path, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip

@@ -1,25 +1,17 @@
 """`esper config explain` says what holds and which line says so."""
 
-import shutil
-from pathlib import Path
-
 import pytest
-from typer.testing import CliRunner
-
-from esper.cli.main import app
-
-CONFIGS = Path(__file__).parents[3] / "configs"
+from tests.esper.cli.conftest import esper
+from tests.esper.release.conftest import copy_migration
 
 
 @pytest.fixture
 def config(tmp_path):
-    for name in ("flags.yaml", "phases.yaml", "morphogenetic_migration.yaml"):
-        shutil.copy(CONFIGS / name, tmp_path / name)
-    return tmp_path / "morphogenetic_migration.yaml"
+    return copy_migration(tmp_path)
 
 
 def explain(config, key, env=None):
-    return CliRunner().invoke(app, ["config", "explain", key, "--config", str(config)], env=env)
+    return esper("config", "explain", key, "--config", config, env=env)
 
 
 @pytest.mark.parametrize(

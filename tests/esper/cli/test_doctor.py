@@ -10,8 +10,7 @@ from importlib import metadata
 import mlflow
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
+from tests.esper.cli.conftest import esper
 
 from esper.cli import doctor
 
@@ -28,13 +27,6 @@ def distributions(tmp_path, monkeypatch):
         (folder / "METADATA").write_text(text)
 
     return plant
-
-
-@pytest.fixture
-def app():
-    app = typer.Typer()
-    app.command()(doctor.doctor_command)
-    return app
 
 
 def named(checks: list[doctor.Check], name: str) -> doctor.Check:
@@ -273,10 +265,10 @@ def test_the_table_shows_brackets_as_they_are():
     assert "[do] this" in capture.get()
 
 
-def test_the_command_ends_with_1_and_writes_what_failed(app, tmp_path, monkeypatch):
+def test_the_command_ends_with_1_and_writes_what_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "check_ray_start", lambda: doctor.Check("ray start", "ok", "-"))
     file = tmp_path / "doctor.json"
-    done = CliRunner().invoke(app, ["--tracking-uri", "http://127.0.0.1:9", "--json", str(file)])
+    done = esper("doctor", "--tracking-uri", "http://127.0.0.1:9", "--json", file)
     assert done.exit_code == 1
     findings = json.loads(file.read_text())
     assert [f["name"] for f in findings if f["status"] == "fail"] == ["tracking"]
@@ -284,10 +276,10 @@ def test_the_command_ends_with_1_and_writes_what_failed(app, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_the_command_finds_this_machine_able(app, tmp_path):
+def test_the_command_finds_this_machine_able(tmp_path):
     findings = tmp_path / "findings.json"
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    done = CliRunner().invoke(app, ["--tracking-uri", uri, "--json", str(findings)])
+    done = esper("doctor", "--tracking-uri", uri, "--json", findings)
     assert done.exit_code == 0, done.output
     # the table wraps its cells at the terminal's width, the file does not
     found = {check["name"]: check["found"] for check in json.loads(findings.read_text())}

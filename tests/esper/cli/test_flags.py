@@ -4,9 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from tests.esper.cli.conftest import esper
 
-from esper.cli.main import app
 from esper.release.flags import load_flags
 
 ROOT = Path(__file__).parents[3]
@@ -18,8 +17,7 @@ def path(tmp_path):
 
 
 def flags(command, *arguments, path, env=None):
-    words = ["flags", command, *map(str, arguments), "--file", str(path)]
-    return CliRunner().invoke(app, words, env=env)
+    return esper("flags", command, *arguments, "--file", path, env=env)
 
 
 def contents(path):

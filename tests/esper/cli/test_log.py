@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
+from tests.esper.cli.conftest import esper
 
-from esper.cli.main import app
 from esper.config.run import RunConfig
 from esper.evidence.records import Fingerprint, TransitionRecord, write_json
 from esper.trial import Trial, TrialSpec
@@ -19,10 +18,6 @@ RUN = {
     "growth": {"ramp_steps": 10, "min_gain": -1e9, "min_explained_frac": -1e9},
     "controller": {"name": "schedule", "options": {"at_intervals": [2, 5], "count": 2}},
 }
-
-
-def esper(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")

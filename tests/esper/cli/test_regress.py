@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
+from tests.esper.cli.conftest import esper
 
-from esper.cli.main import app
 from esper.release.judge import PhaseMeasurements
 from esper.seeds import legacy
 from esper.seeds.state import Stage
@@ -15,7 +14,7 @@ from esper.seeds.state import Stage
 def regress(tmp_path):
     def call(*args):
         report = tmp_path / "report.json"
-        done = CliRunner().invoke(app, ["regress", "--quick", "--report", str(report), *args])
+        done = esper("regress", "--quick", "--report", report, *args)
         return done, report
 
     return call

@@ -4,10 +4,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import yaml
+from tests.esper.cli.conftest import CLI, esper_process
 
 from esper.cli.log import diff
 
@@ -22,14 +22,6 @@ CONFIG = {
         "options": {"at_intervals": [2, 8, 14, 20], "count": 1},
     },
 }
-SCRIPT = "from esper_experiments.entry import main; main()"
-
-
-def esper(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -40,11 +32,10 @@ def config(tmp_path):
 
 
 def test_a_killed_run_ends_as_the_undisturbed_one(tmp_path, config):
-    undisturbed = esper("run", config, "--seed", "5", "--json", "a.json", cwd=tmp_path)
+    undisturbed = esper_process("run", config, "--seed", "5", "--json", "a.json", cwd=tmp_path)
     assert undisturbed.returncode == 0, undisturbed.stderr
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, "run", str(config), "--seed", "5",
-         "--checkpoint", "state", "--every", "1"],
+        [*CLI, "run", str(config), "--seed", "5", "--checkpoint", "state", "--every", "1"],
         cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     for line in process.stdout:
@@ -54,7 +45,7 @@ def test_a_killed_run_ends_as_the_undisturbed_one(tmp_path, config):
     assert process.wait() == -signal.SIGKILL
     manifest = json.loads((tmp_path / "state" / "manifest.json").read_text())
     assert 550 <= manifest["trainer"]["step"] < 1500
-    resumed = esper("run", "--resume", "state", "--json", "b.json", cwd=tmp_path)
+    resumed = esper_process("run", "--resume", "state", "--json", "b.json", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert f"step {manifest['trainer']['step'] + 50} " in resumed.stdout.splitlines()[0]
     first, second = (json.loads((tmp_path / f"{n}.json").read_text()) for n in "ab")
@@ -82,7 +73,7 @@ def test_a_killed_run_ends_as_the_undisturbed_one(tmp_path, config):
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path, config, arguments, message):
-    done = esper("run", *arguments, cwd=tmp_path)
+    done = esper_process("run", *arguments, cwd=tmp_path)
     assert done.returncode in (2, 3)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -97,6 +88,6 @@ def test_other_code_does_not_continue_a_run(tmp_path, config):
     mark = Fingerprint(code_hash="0" * 64, commit=None, versions={}, device="cpu")
     trial = Trial(load_run(config), TrialSpec("run", 0, 0, 0, "none", mark))
     trial.save(tmp_path / "state")
-    done = esper("run", "--resume", "state", cwd=tmp_path)
+    done = esper_process("run", "--resume", "state", cwd=tmp_path)
     assert done.returncode == 2
     assert "must be continued by the code that wrote it (000000000000)" in done.stderr

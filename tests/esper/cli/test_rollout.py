@@ -2,33 +2,23 @@
 
 import json
 import math
-import shutil
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from tests.esper.cli.conftest import esper
+from tests.esper.release.conftest import copy_migration
 
-from esper.cli.main import app
 from esper.release.flags import load_flags
 from esper.release.judge import IntervalMeasurements, PhaseMeasurements, Series
 from esper.release.phases import Quantity, load_migration
 from esper.release.rollout import flags_hash, read, state_of
-
-CONFIGS = Path(__file__).parents[3] / "configs"
-
-
-def esper(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 class Here:
     """A copy of the project's migration, and files of evidence for it."""
 
     def __init__(self, folder):
-        for name in ("flags.yaml", "phases.yaml", "morphogenetic_migration.yaml"):
-            shutil.copy(CONFIGS / name, folder / name)
-        self.config, self.flags = folder / "morphogenetic_migration.yaml", folder / "flags.yaml"
+        self.config, self.flags = copy_migration(folder), folder / "flags.yaml"
         self.rollout, self.file = folder / "first", folder / "evidence.json"
 
     @property

@@ -6,9 +6,8 @@ import sys
 from datetime import timedelta
 
 import pytest
-from typer.testing import CliRunner
+from tests.esper.cli.conftest import esper
 
-from esper.cli.main import app
 from esper.evidence.progress import FILE, TrialProgress, begin
 from esper.evidence.records import write_json
 
@@ -44,9 +43,7 @@ def written(tmp_path):
 
 
 def status(tmp_path, *arguments):
-    return CliRunner().invoke(
-        app, ["status", *arguments, "--runs", str(tmp_path)], env={"COLUMNS": "120"}
-    )
+    return esper("status", *arguments, "--runs", tmp_path, env={"COLUMNS": "120"})
 
 
 def test_a_running_sweep_shows_arms_trials_and_devices(written, tmp_path):

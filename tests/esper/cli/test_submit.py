@@ -20,19 +20,17 @@ from urllib.request import urlopen
 import psutil
 import pytest
 import yaml
-from typer.testing import CliRunner
+from tests.esper.cli.conftest import CLI, esper
 
 from esper.cli import upload
 from esper.cli.job import _run_command
 from esper.cli.job import main as job_main
-from esper.cli.main import app
 from esper.cli.upload import read_job
 from esper.config.base import ConfigError
 from esper.environment import PACKAGES
 from esper.surgery.checkpoint_folder import write_checkpoint
 
 ROOT = Path(__file__).parents[3]
-CLI = [sys.executable, "-c", "from esper_experiments.entry import main; main()"]
 RUN = {
     "task": {"name": "spirals", "options": {"train_samples": 200, "held_out_samples": 100}},
     "host": {"name": "mlp", "options": {"hidden": [8]}},
@@ -449,7 +447,7 @@ def test_the_operators_page_names_commands_and_options_that_are_there():
     for line in lines:
         command, *words = line.split()
         known = [w for w in words[:1] if w in ("status", "logs", "stop")] or ["run"]
-        shown = CliRunner().invoke(app, [command, *known, "--help"], env={"COLUMNS": "200"}).stdout
+        shown = esper(command, *known, "--help", env={"COLUMNS": "200"}).stdout
         for option in re.findall(r"--[a-z-]+", line):
             assert option in shown, line
     for name in re.findall(r"configs/[\w/]+\.yaml|\bcluster\.yaml|constraints\.txt", page):

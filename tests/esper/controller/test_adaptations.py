@@ -61,7 +61,7 @@ def test_an_adaptation_ends_once_with_its_outcome(stages, outcome, ended):
     (told,) = watch(stages)
     assert (told.outcome, told.interval, told.ended) == (outcome, 1, ended)
     assert (told.model, told.policy) == ("m", "p")
-    assert told.chosen.blueprint, told.chosen.graft == ("mlp_relu", "cosine")
+    assert (told.chosen.blueprint, told.chosen.graft) == ("mlp_relu", "cosine")
 
 
 def test_a_gain_is_told_if_it_was_measured_and_only_then():

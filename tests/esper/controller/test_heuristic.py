@@ -126,6 +126,25 @@ def test_a_relative_bottleneck_counts_by_the_scale_of_the_output(make_report, ma
         controller.decide(make_report(unmeasured, interval=2))
 
 
+def test_crowding_spreads_seeds_over_sites(make_report, make_site):
+    rich = make_site("a", grad_energy=[0.9, 0.8, 0.7, 0.6])
+    poor = make_site("b", grad_energy=[0.4, 0.2, 0.1, 0.1])
+    begun = replace(rich, stage=np.array([Stage.FOSSILIZED, 0, 0, 0]))
+    chosen = {}
+    for crowding in (0.0, 1.0):
+        for site in (rich, begun):
+            controller = tamiyo(patience_intervals=1, seeds_per_wave=3, crowding=crowding)
+            for interval in (1, 2):
+                actions = controller.decide(make_report(site, poor, interval=interval))
+            chosen[crowding, site is begun] = [f"{n}{seed}" for n, seed in germinated(actions)]
+    assert chosen[0.0, False] == ["a0", "a1", "a2"]
+    # 0.9, 0.8 / 2 and 0.4 / 1; of equals the first site
+    assert chosen[1.0, False] == ["a0", "a1", "b0"]
+    assert chosen[0.0, True] == ["a1", "a2", "a3"]
+    # 0.8 / 2, 0.7 / 3 and 0.4 / 1: what was grown before counts, too
+    assert chosen[1.0, True] == ["a1", "b0", "a2"]
+
+
 def test_a_bottleneck_that_was_not_measured_is_an_error(make_report, make_site):
     controller = tamiyo(patience_intervals=1, score="bottleneck")
     site = make_site("a", bottleneck=np.nan)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from esper.config.sweep import Guardrail, Question, Secondary
-from esper.evidence.records import Fingerprint, Registration, TrialRecord, canonical_hash
+from esper.evidence.records import Fingerprint, Registration, TrialRecord
 from esper.evidence.verdict import Verdict, judge_all
 
 FINGERPRINT = Fingerprint(
@@ -54,8 +54,7 @@ def register(question: Question, pairs: int, arms: list[str]) -> Registration:
         registered_at=START,
         registration_hash="",
     )
-    content = ("sweep", "config_hash", "question", "pairs", "arms")
-    return draft.model_copy(update={"registration_hash": canonical_hash(draft, *content)})
+    return draft.model_copy(update={"registration_hash": draft.digest()})
 
 
 def plant(

@@ -13,7 +13,7 @@ from esper.evidence.arena import (
     scores,
     summarise_arena,
 )
-from esper.evidence.records import Fingerprint, Registration, TrialRecord, canonical_hash
+from esper.evidence.records import Fingerprint, Registration, TrialRecord
 
 PAIRS = 8
 MARK = Fingerprint(code_hash="c", commit="abc", versions={}, device="test CPU")
@@ -35,7 +35,7 @@ def task(higher=True, collapsed=(), **means):
         sweep="s", config_hash=str(means), question=question, pairs=PAIRS, arms=arms,
         fingerprint=MARK, registered_at=NOW, registration_hash="",
     )  # fmt: skip
-    digest = canonical_hash(draft, "sweep", "config_hash", "question", "pairs", "arms")
+    digest = draft.digest()
     records = []
     for place, (arm, mean) in enumerate(means.items()):
         for pair in range(PAIRS):

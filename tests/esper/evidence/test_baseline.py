@@ -1,6 +1,5 @@
 """Baselines: real processes end to end, and verdicts on planted numbers."""
 
-import gc
 import json
 import math
 from datetime import UTC, datetime, timedelta
@@ -218,15 +217,6 @@ def test_an_arm_against_itself_is_quiet_and_its_noise_is_measured(template):
     assert quieter.smallest["forward_b1_p50_ms"] < found.smallest["forward_b1_p50_ms"] / 5
 
 
-@pytest.fixture
-def frozen_heap():
-    """statsmodels' Holm collects garbage at every call: half a second over all of torch."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("frozen_heap")
 def test_equal_baselines_raise_an_alarm_no_more_often_than_the_rule_allows(template):
     alarms = sum(
         bool({Outcome.BETTER, Outcome.WORSE} & set(outcomes(

@@ -19,12 +19,6 @@ QUICK_AND_SLOW = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture
-def no_collection(monkeypatch):
-    """statsmodels collects all garbage in every Holm correction: 0.15 s each in a full process."""
-    monkeypatch.setattr("gc.collect", lambda *_: 0)
-
-
 class Band:
     """The 99 % binomial band of a count."""
 
@@ -181,7 +175,6 @@ def test_the_real_judge_stops_where_the_simulated_rule_does(plant):
 
 @QUICK_AND_SLOW
 @pytest.mark.parametrize("metrics", [4, 40])
-@pytest.mark.usefixtures("no_collection")
 def test_alpha_for_each_metric_is_caught(metrics, repetitions):
     rng, pairs = np.random.default_rng(6), 16
     d = rng.normal(size=(repetitions * metrics, pairs))
@@ -222,7 +215,6 @@ def test_the_real_judge_without_ranking_is_caught(plant, monkeypatch):
     assert band.says(winners(sweeps, 0)) == "too many"
 
 
-@pytest.mark.usefixtures("no_collection")
 def test_the_real_judge_without_holm_is_caught(plant, monkeypatch):
     rng, names = np.random.default_rng(8), [f"v{k}" for k in range(12)]
     sweeps = [

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 
 from esper.evidence.paired import (
     cohen_dz,
@@ -16,17 +18,17 @@ from esper.evidence.paired import (
     hodges_lehmann,
     holm,
     mcnemar_exact_p,
-    non_inferiority_p,
+    one_sided,
     pairs_for_effect,
     pairs_needed,
     rank_collapsed,
     shift,
-    sign_flip_p,
     t_interval,
-    wilcoxon_p,
+    t_power,
     win_probability,
 )
 
+P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 INTEGERS = st.lists(st.integers(-9, 9), min_size=2, max_size=7)
 
 
@@ -47,27 +49,25 @@ def test_sign_flip_is_the_enumeration(values: list[int]) -> None:
     greater, less = enumerated(values)
     # tenths have rounding errors, which must not part what is tied on paper
     tenths = [v / 10 for v in values]
-    assert sign_flip_p(tenths, alternative="greater") == greater
-    assert sign_flip_p(tenths, alternative="less") == less
-    assert sign_flip_p(tenths, alternative="two-sided") == min(1.0, 2 * min(greater, less))
+    assert one_sided(tenths) == (greater, less)
 
 
 def test_a_tie_on_paper_counts_although_its_last_bits_differ() -> None:
     # of the 8 sign patterns, 5 have a sum of at least 0.1 + 0.2 - 0.3 = 0
-    assert sign_flip_p([0.1, 0.2, -0.3], alternative="greater") == 5 / 8
+    assert one_sided([0.1, 0.2, -0.3]).greater == 5 / 8
 
 
 def test_sign_flip_is_exact_at_16_pairs_and_resampled_beyond() -> None:
-    assert sign_flip_p([1.0] * 16, alternative="greater") == 2.0**-16
+    assert one_sided([1.0] * 16).greater == 2.0**-16
     # no draw but the observed one reaches it: (0 + 1) / (99,999 + 1), and never 0
-    assert sign_flip_p([1.0] * 40, alternative="greater") == pytest.approx(1e-5)
+    assert one_sided([1.0] * 40).greater == pytest.approx(1e-5)
 
 
 def test_resampled_p_depends_on_the_seed_alone_and_lies_near_the_exact_one() -> None:
     d = np.random.default_rng(0).normal(0.3, 1, 18)
-    p = sign_flip_p(d, alternative="greater", seed=5)
-    assert p == sign_flip_p(d[::-1], alternative="greater", seed=5)
-    assert p != sign_flip_p(d, alternative="greater", seed=6)
+    p = one_sided(d, seed=5).greater
+    assert p == one_sided(d[::-1], seed=5).greater
+    assert p != one_sided(d, seed=6).greater
     half = np.array(list(itertools.product((1.0, -1.0), repeat=17))) @ d[1:]
     null = np.concatenate([d[0] + half, -d[0] + half])
     exact = np.mean(null >= d.sum() - 1e-9)
@@ -82,28 +82,28 @@ def enumerated_ranks(values: Sequence[int]) -> float:
 @settings(max_examples=60, deadline=None)
 @given(INTEGERS)
 def test_wilcoxon_is_exact_with_ties_and_zeros(values: list[int]) -> None:
-    assert wilcoxon_p([v / 10 for v in values], alternative="greater") == pytest.approx(
+    assert one_sided([v / 10 for v in values], test="wilcoxon").greater == pytest.approx(
         enumerated_ranks(values), abs=1e-12
     )
 
 
 def test_wilcoxon_by_hand() -> None:
     # ranks 1, 2, -3, 4: positive sum 7; patterns with at least 7: {1234, 234, 134, 34, 124}
-    assert wilcoxon_p([0.1, 0.2, -0.3, 0.4], alternative="greater") == 5 / 16
-    assert wilcoxon_p([0.0] * 8, alternative="greater") == 1.0
-    assert wilcoxon_p([0.0] * 8, alternative="two-sided") == 1.0
+    assert one_sided([0.1, 0.2, -0.3, 0.4], test="wilcoxon").greater == 5 / 16
+    assert one_sided([0.0] * 8, test="wilcoxon").greater == 1.0
+    assert one_sided([0.0] * 8, test="wilcoxon").less == 1.0
 
 
-@pytest.mark.parametrize("test", [sign_flip_p, wilcoxon_p])
+@pytest.mark.parametrize("test", ["sign_flip", "wilcoxon"])
 @pytest.mark.parametrize("bad", [[1.0, math.nan], [1.0, math.inf]])
 def test_what_is_not_finite_has_no_p(test, bad) -> None:
     with pytest.raises(ValueError, match="differences must be finite"):
-        test(bad, alternative="greater")
+        one_sided(bad, test=test)
 
 
 @pytest.mark.parametrize("few", [[], [1.0]])
 def test_one_pair_is_no_sample(few) -> None:
-    for function in (t_interval, cohen_dz, lambda d: sign_flip_p(d, alternative="greater")):
+    for function in (t_interval, cohen_dz, lambda d: one_sided(d).greater):
         with pytest.raises(ValueError, match="at least 2"):
             function(few)
 
@@ -111,9 +111,14 @@ def test_one_pair_is_no_sample(few) -> None:
 def test_equivalence_takes_the_worse_side() -> None:
     d = [0.4, 0.5, 0.6, 0.5, 0.45, 0.55]
     assert equivalence_p(d, 1.0) == 1 / 64
-    assert equivalence_p(d, 0.45) == sign_flip_p(np.array(d) - 0.45, alternative="less")
+    assert equivalence_p(d, 0.45) == one_sided(np.array(d) - 0.45).less
     assert equivalence_p(d, 0.45) > 0.5
     assert equivalence_p(np.array(d) * -1, 0.45) == equivalence_p(d, 0.45)
+
+
+def not_worse(differences, margin: float) -> float:
+    """As guardrails are judged: the p of "not worse by `margin` or more"."""
+    return one_sided(shift(differences, margin)).greater
 
 
 @settings(max_examples=30, deadline=None)
@@ -121,14 +126,14 @@ def test_equivalence_takes_the_worse_side() -> None:
 def test_differences_beyond_the_margin_are_never_equivalent(noise, margin) -> None:
     assert equivalence_p(np.array(noise) + 1.01 + margin, margin) >= 0.5
     assert equivalence_p(np.array(noise) - 1.01 - margin, margin) >= 0.5
-    assert non_inferiority_p(np.array(noise) - 1.01 - margin, margin) >= 0.5
+    assert not_worse(np.array(noise) - 1.01 - margin, margin) >= 0.5
 
 
 def test_non_inferiority_by_hand() -> None:
-    assert non_inferiority_p([-0.1] * 6, 0.2) == 1 / 64
-    assert non_inferiority_p([-0.3] * 6, 0.2) == 1.0
+    assert not_worse([-0.1] * 6, 0.2) == 1 / 64
+    assert not_worse([-0.3] * 6, 0.2) == 1.0
     # a worsening of exactly the margin does not turn on the last bit of 0.3 - 0.1 - 0.2
-    assert non_inferiority_p([0.1 - 0.3] * 6, 0.2) == 1.0
+    assert not_worse([0.1 - 0.3] * 6, 0.2) == 1.0
     assert not shift([0.1 - 0.3] * 6, 0.2).any()
 
 
@@ -171,11 +176,11 @@ def test_cohen_dz_by_hand_and_without_spread() -> None:
 def test_mcnemar_counts_only_pairs_with_one_collapse() -> None:
     t, c = [1, 1, 1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0, 0, 1]
     # 5 against 1: (6 + 1) / 64 for at least 5 of 6
-    assert mcnemar_exact_p(t, c, alternative="greater") == pytest.approx(7 / 64)
-    assert mcnemar_exact_p(c, t, alternative="greater") == pytest.approx(63 / 64)
-    assert mcnemar_exact_p([1, 0], [1, 0], alternative="greater") == 1.0
+    assert mcnemar_exact_p(t, c) == pytest.approx(7 / 64)
+    assert mcnemar_exact_p(c, t) == pytest.approx(63 / 64)
+    assert mcnemar_exact_p([1, 0], [1, 0]) == 1.0
     with pytest.raises(ValueError, match="one value a pair"):
-        mcnemar_exact_p([1], [1, 0], alternative="greater")
+        mcnemar_exact_p([1], [1, 0])
 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
@@ -236,6 +241,20 @@ def test_pairs_needed_takes_the_nearer_decision() -> None:
     assert pairs_needed(np.tile(spread, 5), 100.0) == 31
 
 
+@pytest.mark.parametrize("dz", [-7.0, -0.3, 0.0, 0.2, 1.0, 4.9])
+@pytest.mark.parametrize("pairs", [2, 6, 16, 1000])
+def test_power_is_that_of_statsmodels(dz, pairs) -> None:
+    known = TTestPower().power(max(dz, -5.0), pairs, 0.025, alternative="larger")
+    assert t_power(dz, pairs, 0.025) == known
+    assert t_power(50.0, 16, 0.025) == 1.0
+
+
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(P_VALUES)
+def test_holm_is_that_of_statsmodels_bit_for_bit(p_values: list[float]) -> None:
+    assert holm(p_values) == multipletests(p_values, method="holm")[1].tolist()

@@ -8,12 +8,11 @@ import sys
 from copy import copy
 
 import pytest
-from typer.testing import CliRunner
+from tests.esper.cli.conftest import esper
 
-from esper.cli.main import app
 from esper.config.base import ConfigError
 from esper.config.sweep import SweepConfig
-from esper.evidence.records import Registration, canonical_hash, read_records, write_json
+from esper.evidence.records import Registration, read_records, write_json
 from esper.evidence.search import search_records
 from esper.evidence.verdict import judge_all
 from esper.evidence.verify import (
@@ -66,8 +65,7 @@ class Stored:
                 "arms": list(sweep.all_arms),
             }
         )
-        content = ("sweep", "config_hash", "question", "pairs", "arms")
-        digest = canonical_hash(draft, *content)
+        digest = draft.digest()
         registration = draft.model_copy(update={"registration_hash": digest})
         store_config(sweep, folder)
         write_json(folder / "registration.json", registration)
@@ -293,10 +291,6 @@ def test_stored_content_hashes_as_the_configuration_does(stored):
     assert SweepConfig.model_validate(content).config_hash == stored.sweep.config_hash
 
 
-def esper(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 def test_verify_tells_what_differs_and_fails(stored, tmp_path):
     file = tmp_path / "out" / "report.json"
     good = esper("ab", "verify", "stored", "--runs", tmp_path, "--json", file)
@@ -323,7 +317,7 @@ def test_what_is_no_finished_sweep_is_refused(tmp_path):
 
 def test_verify_starts_neither_ray_nor_mlflow_nor_the_code_of_the_trials(stored):
     script = (
-        "import sys; from esper.cli.ab import verify_ab; from pathlib import Path\n"
+        "import sys; from esper.cli.stored_sweeps import verify_ab; from pathlib import Path\n"
         "code = verify_ab(sys.argv[1], None, Path('runs'), None)\n"
         "assert not {'ray', 'mlflow', 'torch', 'esper.trial'} & sys.modules.keys()\n"
         "raise SystemExit(code)"

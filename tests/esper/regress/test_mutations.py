@@ -157,8 +157,6 @@ def sleeping_seeds_are_computed(patch):
         return real(pool, torch.where(alpha_S == 0, 1e-30, alpha_S), learning_S, dtype)
 
     patch.setattr(loop, "_awake", awake)
-    real_blend = KasminaLayer._may_blend
-    patch.setattr(KasminaLayer, "_may_blend", lambda self: real_blend(self))
 
 
 def the_hosts_gradient_is_touched(patch):

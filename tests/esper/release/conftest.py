@@ -19,6 +19,13 @@ def file_of(environments=("ci",), **flags):
     return validate(FlagFile, document, source="test")
 
 
+def copy_migration(folder):
+    """Copy the project's migration, to be changed; the path of its settings."""
+    for name in ("flags.yaml", "phases.yaml", "morphogenetic_migration.yaml"):
+        shutil.copy(ROOT / "configs" / name, folder / name)
+    return folder / "morphogenetic_migration.yaml"
+
+
 @pytest.fixture
 def make_file():
     return file_of

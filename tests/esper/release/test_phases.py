@@ -1,11 +1,11 @@
 """Phases are complete and executable, or refused."""
 
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from tests.esper.release.conftest import copy_migration
 
 from esper.config.base import ConfigError
 from esper.release.errors import ReleaseError
@@ -25,9 +25,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 @pytest.fixture
 def folder(tmp_path):
     """The project's migration, to change."""
-    for name in ("flags.yaml", "phases.yaml", "morphogenetic_migration.yaml"):
-        shutil.copy(CONFIGS / name, tmp_path / name)
-    return tmp_path
+    return copy_migration(tmp_path).parent
 
 
 def edit(path, change):

@@ -4,10 +4,10 @@ import json
 import math
 import shutil
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.esper.release.conftest import copy_migration
 
 from esper.release import rollout as rollouts
 from esper.release.audit import audit_path, read_audit, require_current
@@ -27,7 +27,6 @@ from esper.release.rollout import (
     step,
 )
 
-CONFIGS = Path(__file__).parents[3] / "configs"
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 FLAG = "kasmina.parallel"
 
@@ -40,9 +39,7 @@ class World:
     """A migration of its own, with one rollout of phase 1."""
 
     def __init__(self, folder):
-        for name in ("flags.yaml", "phases.yaml", "morphogenetic_migration.yaml"):
-            shutil.copy(CONFIGS / name, folder / name)
-        self.config = folder / "morphogenetic_migration.yaml"
+        self.config = copy_migration(folder)
         self.flags, self.folder = folder / "flags.yaml", folder / "runs" / "first"
         self.file, self.rng = folder / "evidence.json", np.random.default_rng(5)
         self.plan = new_plan(

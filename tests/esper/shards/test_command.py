@@ -1,21 +1,12 @@
 """`esper run --shards` trains in actors what `esper run` trains in its own process."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
+from tests.esper.cli.conftest import esper_process
 
-SCRIPT = "from esper_experiments.entry import main; main()"
 TIMED = ("train_seconds", "growth_seconds")
-
-
-def esper(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -24,7 +15,9 @@ def test_a_run_in_an_actor_gives_the_record_of_one_in_this_process(tmp_path, mak
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     found = []
     for name, more in {"here": [], "there": ["--shards", "1", "--save", "model"]}.items():
-        done = esper("run", "run.yaml", "--seed", 5, "--json", f"{name}.json", *more, cwd=tmp_path)
+        done = esper_process(
+            "run", "run.yaml", "--seed", 5, "--json", f"{name}.json", *more, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
         record = json.loads((tmp_path / f"{name}.json").read_text())
         found.append({key: record[key] for key in ("transitions", "sites", "status")})
@@ -44,7 +37,7 @@ def test_shards_may_share_the_seeds(tmp_path, make_config):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     found = []
     for more in ([], ["--shards", "2", "--parallel", "seed"]):
-        done = esper("run", "run.yaml", "--json", "record.json", *more, cwd=tmp_path)
+        done = esper_process("run", "run.yaml", "--json", "record.json", *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         found.append(json.loads((tmp_path / "record.json").read_text()))
     one, two = found
@@ -56,7 +49,7 @@ def test_shards_may_share_the_seeds(tmp_path, make_config):
     assert len(one["transitions"]) > 10
     assert two["metrics"]["test_loss"] == pytest.approx(one["metrics"]["test_loss"], rel=1e-3)
     assert set(two["curves"]["shards"]) == {2.0}
-    done = esper("run", "run.yaml", "--parallel", "seed", cwd=tmp_path)
+    done = esper_process("run", "run.yaml", "--parallel", "seed", cwd=tmp_path)
     assert done.returncode == 2
     assert "give --shards N, too" in done.stderr
 
@@ -65,7 +58,7 @@ def test_shards_may_share_the_seeds(tmp_path, make_config):
 def test_more_shards_than_the_machine_has_cpus_are_refused(tmp_path, make_config):
     config = make_config().model_dump(mode="json", exclude_defaults=True)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    done = esper("run", "run.yaml", "--shards", 5000, cwd=tmp_path)
+    done = esper_process("run", "run.yaml", "--shards", 5000, cwd=tmp_path)
     assert done.returncode == 2
     assert "5000 shards ask for 1 each; ask for less" in done.stderr
 
@@ -77,7 +70,7 @@ def test_a_shard_that_ray_ends_for_memory_says_what_to_do(tmp_path, make_config,
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
     config = make_config().model_dump(mode="json", exclude_defaults=True)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    done = esper("run", "run.yaml", "--shards", 1, "--on-loss", "fail", cwd=tmp_path)
+    done = esper_process("run", "run.yaml", "--shards", 1, "--on-loss", "fail", cwd=tmp_path)
     assert done.returncode != 0
     said = done.stdout + done.stderr
     assert "shard 0 ran out of memory" in said, said

@@ -12,7 +12,6 @@ from esper.evidence.records import (
     Registration,
     TransitionRecord,
     TrialRecord,
-    canonical_hash,
 )
 from esper.evidence.verdict import Verdict, judge_all
 
@@ -46,8 +45,7 @@ def register(pairs: int = 8) -> Registration:
         registered_at=STARTED - timedelta(minutes=1),
         registration_hash="",
     )
-    digest = canonical_hash(draft, "sweep", "config_hash", "question", "pairs", "arms")
-    return draft.model_copy(update={"registration_hash": digest})
+    return draft.model_copy(update={"registration_hash": draft.digest()})
 
 
 def transition(

@@ -1,3 +1,5 @@
+"""What a sweep writes to MLflow, read back from a database of its own."""
+
 import json
 import math
 import re
@@ -13,8 +15,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from esper.evidence.arm_summary import summarise
 from esper.evidence.records import Registration, TrialRecord
-from esper.evidence.verdict import Verdict, judge_all, summarise
+from esper.evidence.verdict import Verdict, judge_all
 from esper.tracking.entities import flatten
 from esper.tracking.mlflow_sink import MlflowSink, TrackingError
 from esper.tracking.pictures import arms_overview

@@ -1,3 +1,5 @@
+"""Pictures hold what they are to show, down to their pixels."""
+
 import struct
 from collections.abc import Callable
 from pathlib import Path
