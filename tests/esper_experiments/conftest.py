@@ -1,15 +1,21 @@
-"""A tiny sweep that the command line runs in a process of its own."""
+"""A tiny sweep that the command line runs in a process of its own; and nodes of Ray for it."""
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from ray.cluster_utils import Cluster
 
+# a node that does not answer is given up after a second or two
+SYSTEM = {
+    "health_check_initial_delay_ms": 500, "health_check_period_ms": 500,
+    "health_check_timeout_ms": 500, "health_check_failure_threshold": 3,
+}  # fmt: skip
 TINY = {
     "name": "tiny",
     "pairs": 6,
@@ -83,3 +89,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinySweep, st
     done = sweep.run()
     assert done.returncode == 0, done.stdout
     return sweep, done.stdout
+
+
+def cluster_of(nodes: int, **common: object) -> Cluster:
+    """A head without room, and nodes with room for one trial or shard each."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": SYSTEM}
+        | common,
+    )
+    for _ in range(nodes):
+        cluster.add_node(num_cpus=1, **common)
+    cluster.wait_for_nodes()
+    return cluster
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head, and three nodes with room for one trial or shard each."""
+    cluster = cluster_of(3)
+    yield cluster
+    cluster.shutdown()

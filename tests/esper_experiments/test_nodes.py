@@ -6,18 +6,12 @@ import signal
 import time
 
 import pytest
-from ray.cluster_utils import Cluster
 
 from esper.evidence.progress import FILE, read_progress
 from esper.evidence.records import TrialRecord
 from esper_experiments.on_ray import _PlanSearcher
 from esper_experiments.room import Room, _fit, _in_turn
 
-# a node that does not answer is given up after a second or two
-SYSTEM = {
-    "health_check_initial_delay_ms": 500, "health_check_period_ms": 500,
-    "health_check_timeout_ms": 500, "health_check_failure_threshold": 3,
-}  # fmt: skip
 LONG = {
     "run": {
         "task": {"name": "spirals", "options": {"train_samples": 400, "held_out_samples": 200}},
@@ -76,20 +70,6 @@ def wait_for(sweep, ready, seconds=90):
 
 def saved(sweep):
     return [*sweep.folder.glob("runs/*/checkpoints/*/manifest.json")]
-
-
-@pytest.fixture
-def cluster():
-    """A head without room, and three nodes with room for one trial each."""
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": SYSTEM},
-    )
-    for _ in range(3):
-        cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    yield cluster
-    cluster.shutdown()
 
 
 @pytest.mark.slow

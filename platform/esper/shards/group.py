@@ -6,6 +6,7 @@ same, and after every interval they must be equal.
 
 import dataclasses
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -297,7 +298,7 @@ class ShardGroup:
             except OutOfMemoryError as error:
                 memory[at] = _first_line(error)
             except RayError as error:
-                dead[at] = _first_line(error)
+                dead[at] = _death(error)
             if dead or memory or errors:
                 deadline = min(deadline, time.monotonic() + GRACE_S)
         ranks = len(self._actors) or 1
@@ -307,11 +308,7 @@ class ShardGroup:
             raise ShardMemoryError(sorted({i % ranks for i in memory}), min(memory.values()))
         if dead:
             self.close()
-            raise ShardLostError(
-                sorted({i % ranks for i in dead}),
-                f"died: {min(dead.values())} (if it was killed for memory, as `dmesg` says, lower "
-                "train.batch_size or give it a larger machine)",
-            )
+            raise ShardLostError(sorted({i % ranks for i in dead}), min(dead.values()))
         if waiting and len(errors) == len(lost):
             self.close()
             raise ShardLostError(
@@ -366,6 +363,23 @@ def _is_memory(error: BaseException) -> bool:
     # torch has a class of its own for GPUs alone
     said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def _death(error: RayError) -> str:
+    """What happened to an actor that is no more, as Ray tells it."""
+    told = str(error)
+    if "its node has died" in told:
+        # Ray cannot know which of the two
+        address = re.search(r"^\s*ip: (\S+)", told, re.MULTILINE)
+        where = "" if address is None else f" {address[1]}"
+        return (
+            f"was lost with its node{where}, which died or cannot be reached: "
+            f"{told.strip().splitlines()[-1].strip()}"
+        )
+    return (
+        f"died: {_first_line(error)} (if it was killed for memory, as `dmesg` says, lower "
+        "train.batch_size or give it a larger machine)"
+    )
 
 
 def _first_line(error: BaseException) -> str:
