@@ -66,7 +66,8 @@ def alive(pid):
 @pytest.fixture(scope="package")
 def cluster():
     """Ray on this machine, for the tests of this folder that ask for it."""
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    # not a cluster that someone else has on this machine
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
