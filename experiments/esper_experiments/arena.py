@@ -168,7 +168,9 @@ def evidence_of(
     sweep: SweepConfig, registration: Registration, folder: Path, absent: Mapping[str, str]
 ) -> TaskEvidence:
     """What a task's sweep left on disk."""
-    return TaskEvidence(registration, read_records(folder), sweep.dependent_arms, absent)
+    return TaskEvidence(
+        registration, read_records(folder), sweep.dependent_arms, sweep.salted_arms, absent
+    )
 
 
 def draw_task(

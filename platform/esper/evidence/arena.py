@@ -34,12 +34,14 @@ class TaskEvidence:
         registration: Of the task's sweep.
         records: Of all its trials.
         dependent_arms: Methods that follow another one.
+        salted_arms: Methods that add a salt to the pair's seed.
         absent: Methods that do not apply, each with the reason.
     """
 
     registration: Registration
     records: Sequence[TrialRecord]
     dependent_arms: frozenset[str] = frozenset()
+    salted_arms: frozenset[str] = frozenset()
     absent: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -203,6 +205,7 @@ def judge_over_tasks(
             comparison,
             p_holm=HolmAdjusted(p, len(family), "tasks"),
             dependent_arms=evidence.dependent_arms,
+            salted_arms=evidence.salted_arms,
         )
         for (name, evidence), p in zip(family.items(), adjusted, strict=True)
     }
@@ -211,8 +214,9 @@ def judge_over_tasks(
 def _p_values(evidence: TaskEvidence, comparison: Comparison) -> PValues:
     records, registration = evidence.records, evidence.registration
     reasons = unhealthy_reasons(
-        records, registration, comparison, dependent_arms=evidence.dependent_arms
-    )
+        records, registration, comparison,
+        dependent_arms=evidence.dependent_arms, salted_arms=evidence.salted_arms,
+    )  # fmt: skip
     return _ALL_ONES if reasons else measure(records, registration, comparison).p
 
 

@@ -6,6 +6,7 @@ candidates train a little, the best share goes on, and the last one trains to th
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import count
 
 from esper.config.base import ConfigError
 from esper.config.sweep import Search
@@ -52,7 +53,8 @@ def halve(name: str, search: Search, runs: Sequence[TrialRecord]) -> TrialRecord
                 f"it must compare a curve of its candidates, but '{run.trial_id}' has no "
                 f"'{search.metric}', only {', '.join(run.curves)}; change its metric.",
             ))  # fmt: skip
-    rungs = math.ceil(math.log(len(runs), search.eta))
+    # counted, as the logarithm of 125 to the base of 5 is a little more than 3 in floating point
+    rungs = next(n for n in count() if search.eta**n >= len(runs))
     left, spent = list(runs), {run.trial_id: 0.0 for run in runs}
     for rung in range(rungs + 1):
         share = search.eta ** (rung - rungs)

@@ -1,5 +1,6 @@
 """Evidence over tasks: scales, Holm over tasks, absent methods, collapsed runs."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -69,6 +70,21 @@ def summary_of(**tasks):
 
 
 LOW = {"host": 0.5, "static": 0.9, "random": 0.8, "esper": 0.95}
+
+
+def test_a_method_with_seeds_of_its_own_is_told_to_the_checks():
+    plain = task(**LOW)
+    salted = [
+        r.model_copy(update={"seed": r.seed + 1000}) if r.arm == "random" else r
+        for r in plain.records
+    ]
+    strange = TaskEvidence(plain.registration, salted)
+    known = replace(strange, salted_arms=frozenset({"random"}))
+    found = [
+        summary_of(t=evidence).tasks["t"].verdicts["random"].verdict
+        for evidence in (strange, known)
+    ]
+    assert found == ["UNHEALTHY", "WIN"]
 
 
 def test_a_score_is_0_at_the_host_and_1_at_the_best_static_whichever_way_is_better():

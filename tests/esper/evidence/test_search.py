@@ -45,6 +45,13 @@ def test_a_larger_eta_is_cheaper_and_greedier(runs):
     assert found.metrics["train_flops"] == 800 * (3 * 0.25 + 1.0)
 
 
+def test_a_power_of_eta_takes_as_many_rungs_as_its_exponent(runs):
+    pair = [runs[0].model_copy(update={"trial_id": f"r-{i}"}) for i in range(125)]
+    found = halve("search", Search(over=tuple(CURVES), eta=5), pair)
+    # of 125 runs 100 end after 1/125 of the steps, 20 after 1/25, 4 after 1/5
+    assert found.metrics["train_flops"] == pytest.approx(800 * (100 / 125 + 20 / 25 + 4 / 5 + 1))
+
+
 def test_higher_may_be_better_and_a_collapsed_run_never_is(runs):
     pair = [r for r in runs if r.pair == 0]
     best = Search(over=tuple(CURVES), higher_is_better=True)

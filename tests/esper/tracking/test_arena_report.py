@@ -22,7 +22,7 @@ REASON = "needs the package 'peer' & a licence"
 def summarised(registration, records, zero="host"):
     absent = {"peer<1>": REASON}
     names = ("first", "second & last")
-    tasks = {n: TaskEvidence(registration, records, FOLLOWERS, absent) for n in names}
+    tasks = {n: TaskEvidence(registration, records, FOLLOWERS, absent=absent) for n in names}
     draft = ArenaRegistration(
         arena="demo", treatment="esper", controls=CONTROLS, scale=Scale(zero=zero),
         sweeps=dict.fromkeys(names, registration.registration_hash),
