@@ -14,7 +14,8 @@ import psutil
 import pytest
 import yaml
 from tests.esper.cli.conftest import CLI
-from tests.esper.shards.conftest import run_config, untimed
+from tests.esper.conftest import untimed
+from tests.esper.shards.conftest import run_config
 from tests.esper.shards.test_faults import decisions
 from tests.esper_experiments.conftest import cluster_of
 
