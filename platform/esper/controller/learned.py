@@ -245,17 +245,24 @@ class LearnedController(HeuristicController):
     def _candidates(self, report: Report) -> list[Candidate]:
         """The most promising dormant seeds of every site, with every blueprint that fits."""
         o = self._learned
-        return [
-            Candidate.model_construct(
-                site=site.name, seed=seed, blueprint=blueprint, graft=graft,
-                features=features_of(report, site, seed, blueprint),
-            )
-            for site in report.sites
-            for _, seed in self._promising(site, 1 if site.geometry == "span" else o.places)
-            for blueprint in o.blueprints
-            if blueprint in site.seed_parameters and resources(report, site, blueprint).passed
-            for graft in o.grafts
-        ]  # fmt: skip
+        found = list[Candidate]()
+        for site in report.sites:
+            # no place is scored where nothing is affordable any more
+            affordable = [
+                b for b in o.blueprints
+                if b in site.seed_parameters and resources(report, site, b).passed
+            ]  # fmt: skip
+            count = 1 if site.geometry == "span" else o.places
+            found += [
+                Candidate.model_construct(
+                    site=site.name, seed=seed, blueprint=blueprint, graft=graft,
+                    features=features_of(report, site, seed, blueprint),
+                )
+                for _, seed in (self._promising(site, count) if affordable else ())
+                for blueprint in affordable
+                for graft in o.grafts
+            ]  # fmt: skip
+        return found
 
 
 @CONTROLLERS.register("learned")

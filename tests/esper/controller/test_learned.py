@@ -1,6 +1,7 @@
 """The learned controller: safe, repeatable, and better where its model knows better."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,6 +101,21 @@ def test_what_gains_nothing_is_never_woken(build):
     assert germinations(wary) == []
     one = build(model_of((0, 0, -0.5, 0.5, 0), intercept=-0.2), min_chance_to_gain=0.05)
     assert {a.blueprint for a, _ in germinations(one)} == {"mlp_relu"}
+
+
+def test_no_score_is_asked_for_where_nothing_is_affordable(build):
+    """The bottleneck is not measured where the limits leave no room for a seed."""
+    poor = [
+        replace(
+            report,
+            growth=report.growth.model_copy(update={"max_parameters": report.parameters}),
+            sites=tuple(
+                replace(s, bottleneck=np.full_like(s.bottleneck, np.nan)) for s in report.sites
+            ),
+        )
+        for report in random_reports(0)
+    ]
+    assert germinations(build(score="bottleneck"), poor) == []
 
 
 def test_with_its_flag_off_it_is_the_heuristic(build):
