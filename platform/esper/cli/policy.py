@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +12,7 @@ from rich.table import Table
 from esper.config.base import ConfigError
 from esper.controller.adaptations import FieldReport
 from esper.controller.learned import FLAG, MODEL_FILE, read_model
-from esper.evidence.policy_training import fit, judge, reward
+from esper.evidence.policy_training import fit, judge, predicted, rewards, waves
 from esper.evidence.records import write_text
 
 REGISTERED = "tamiyo-policy"
@@ -22,12 +23,10 @@ def train_policy(
 ) -> None:
     """Fit a policy to field reports, judge it by cross-validation, and keep it."""
     console = Console()
-    reports = _read(sources)
+    reports = _read(console, sources)
     model = fit(reports)
-    gains = [reward(r) for r in reports]
     console.print(
-        f"{len(reports)} field reports of {', '.join(model.models)}; mean relative gain "
-        f"{sum(gains) / len(gains):+.4f}"
+        f"{len(reports)} field reports in {model.waves} waves of {', '.join(model.models)}"
     )
     shown = _judged(console, reports, explore_frac)
     write_text(out, model.model_dump_json(indent=1) + "\n")
@@ -44,15 +43,15 @@ def train_policy(
 def evaluate_policy(sources: Sequence[str], model: str, explore_frac: float) -> None:
     """Judge the way of learning on other field reports, and say what a policy predicts there."""
     console = Console()
-    reports, policy = _read(sources), read_model(model)
-    mean, _ = policy.predict([r.chosen for r in reports])
-    gains = [reward(r) for r in reports]
-    error = sum((g - m) ** 2 for g, m in zip(gains, mean.tolist(), strict=True)) / len(gains)
-    middle = sum(gains) / len(gains)
-    spread = sum((g - middle) ** 2 for g in gains) / len(gains)
+    reports, policy = _read(console, sources), read_model(model)
+    known = waves(reports)
+    mean = predicted(policy, known)
+    gains = rewards(known)
+    error, spread = float(np.mean((gains - mean) ** 2)), float(gains.var())
     share = f"{1 - error / spread:+.3f}" if spread > 0 else "not defined, all gains are equal"
     console.print(
-        f"{len(reports)} field reports; of the variance of their gains the policy explains {share}"
+        f"{len(reports)} field reports in {len(known)} waves; of the variance of their gains the "
+        f"policy explains {share}"
     )
     _judged(console, reports, explore_frac)
 
@@ -77,7 +76,7 @@ def promote_policy(version: int, tracking_uri: str) -> None:
     Console().print(f"models:/{REGISTERED}@champion is version {version}")
 
 
-def _read(sources: Sequence[str]) -> list[FieldReport]:
+def _read(console: Console, sources: Sequence[str]) -> list[FieldReport]:
     from esper.controller.field_reports import FieldReports
     from esper.tracking.reach import database_path
 
@@ -90,7 +89,14 @@ def _read(sources: Sequence[str]) -> list[FieldReport]:
             ))  # fmt: skip
     reports = [r for source in sources for r in FieldReports(source).read()]
     # one that was stored in two places counts once
-    return [*{r.request_id: r for r in reports}.values()]
+    reports = [*{r.request_id: r for r in reports}.values()]
+    told = [r for r in reports if r.gain is not None or r.outcome != "kept"]
+    if len(told) < len(reports):
+        console.print(
+            f"{len(reports) - len(told)} adaptations were kept without an evaluation and tell "
+            "nothing; set growth.min_gain to have their gains measured"
+        )
+    return told
 
 
 def _judged(
@@ -98,7 +104,7 @@ def _judged(
 ) -> dict[str, float]:
     table = Table(
         box=SIMPLE_HEAD,
-        title="relative gain a choice (95 % over runs), and the choices that this rests on",
+        title="gain of a wave for each choice (95 % over runs), and the choices that this rests on",
     )
     for column in ("policy", "doubly robust", "self-normalised", "choices"):
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)

@@ -121,6 +121,8 @@ class FieldReport(Config):
 def features_of(report: Report, site: SiteReport, seed: int, blueprint: str) -> Features:
     """What is known of a place before a seed grows there; what was not measured is left out.
 
+    `crowd` is which of its site's awake seeds it would be, from 1.
+
     Args:
         report: The report of the interval.
         site: Its site.
@@ -133,7 +135,7 @@ def features_of(report: Report, site: SiteReport, seed: int, blueprint: str) -> 
         **{f"{name}_rel": _relative(getattr(site, name), seed) for name in _SCORES},
         "unexplained": float(site.unexplained),
         "is_span": float(site.geometry == "span"),
-        "awake_frac": len(site.seeds_in(*AWAKE_STAGES)) / len(site.stage),
+        "crowd": 1.0 + len(site.seeds_in(*AWAKE_STAGES)),
         "cost_frac": site.seed_parameters[blueprint] / host,
         "grown_frac": report.parameters / host - 1,
         "interval": float(report.interval),

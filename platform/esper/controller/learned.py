@@ -1,10 +1,11 @@
 """Tamiyo, learned: where and what to grow by the gain that earlier adaptations had.
 
 When a wave begins is left to the heuristic. Which seeds it wakes is a contextual bandit: a Bayesian
-linear model predicts the share of the held-out loss that a seed with its blueprint will save, and
-one that may well be the best is drawn as often as the model thinks it is (Thompson sampling), mixed
-with a little chance for all. A seed that is not likely enough to gain anything is never woken. The
-probability of every choice goes into its field report, so that other policies can be judged by it.
+linear model predicts what share of the held-out loss each parameter of a seed with its blueprint
+will save, and one that may well be the best is drawn as often as the model thinks it is (Thompson
+sampling), mixed with a little chance for all. A seed that is not likely enough to gain anything is
+never woken. The probability of every choice goes into its field report, so that other policies can
+be judged by it.
 
 Without a model every candidate is as likely as any other: that is how reports for the first model
 are gathered.
@@ -12,6 +13,7 @@ are gathered.
 
 import json
 import math
+import re
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -46,7 +48,7 @@ _SAMPLES = 256
 # features that span orders of magnitude
 _LOGARITHMIC = {
     "grad_energy", "bottleneck", "variance", "cost_frac", "loss", "held_out_loss", "grad_norm",
-    "host_drift_frac", "grad_energy_rel", "bottleneck_rel", "interval",
+    "host_drift_frac", "grad_energy_rel", "bottleneck_rel", "interval", "unexplained", "crowd",
 }  # fmt: skip
 _LEAST = 1e-12
 
@@ -55,12 +57,14 @@ class Encoding(Config):
     """What a model knows of a candidate, as numbers.
 
     Each feature as it is or its logarithm, less its mean and divided by its scale (one that was
-    not measured counts as its mean), then one 0 or 1 for each blueprint and graft strategy.
+    not measured counts as its mean), then one 0 or 1 for each kind of candidate, blueprint and
+    graft strategy. A candidate of a kind that is not here has zeros.
     """
 
     features: tuple[str, ...]
     means: tuple[float, ...]
     scales: tuple[float, ...]
+    kinds: tuple[str, ...] = Field(description="Of candidates; see `kind_of`.")
     blueprints: tuple[str, ...]
     grafts: tuple[str, ...]
 
@@ -74,7 +78,7 @@ class Encoding(Config):
     @property
     def size(self) -> int:
         """How many numbers a candidate is."""
-        return len(self.features) + len(self.blueprints) + len(self.grafts)
+        return sum(map(len, (self.features, self.kinds, self.blueprints, self.grafts)))
 
     def encode(self, candidates: Sequence[Candidate]) -> Doubles:
         """The numbers, shape `[candidates, size]`."""
@@ -83,6 +87,7 @@ class Encoding(Config):
                 (transformed(name, c.features[name]) - mean) / scale if name in c.features else 0.0
                 for name, mean, scale in zip(self.features, self.means, self.scales, strict=True)
             ]
+            + [float(kind_of(c) == k) for k in self.kinds]
             + [float(c.blueprint == b) for b in self.blueprints]
             + [float(c.graft == g) for g in self.grafts]
             for c in candidates
@@ -91,15 +96,20 @@ class Encoding(Config):
 
 
 class PolicyModel(Config):
-    """A Bayesian linear model of the relative gain."""
+    """A Bayesian linear model of the gain for each parameter.
 
-    format: Literal[1] = 1
+    A gain is the share of the held-out loss that a wave of seeds saves, over the share of the
+    host's parameters that it costs, in units of the root mean square of all gains of that model.
+    """
+
+    format: Literal[2] = 2
     encoding: Encoding
     intercept: float
     weights: tuple[float, ...]
     covariance: tuple[tuple[float, ...], ...] = Field(description="Of the weights.")
     noise_sd: float = Field(gt=0, description="What no input explains of a gain.")
     reports: PositiveInt = Field(description="Field reports that it was fitted to.")
+    waves: PositiveInt = Field(description="Waves that these reports are of.")
     models: tuple[str, ...] = Field(description="Names of the models that they are about.")
 
     @model_validator(mode="after")
@@ -114,7 +124,7 @@ class PolicyModel(Config):
         return self
 
     def predict(self, candidates: Sequence[Candidate]) -> tuple[Doubles, Doubles]:
-        """Mean and standard deviation of the mean relative gain of each, shape `[candidates]`."""
+        """Mean and standard deviation of the mean gain of each, shape `[candidates]`."""
         x = self.encoding.encode(candidates)
         mean = self.intercept + x @ np.array(self.weights)
         variance = np.einsum("ci,ij,cj->c", x, np.array(self.covariance), x)
@@ -133,6 +143,17 @@ class PolicyModel(Config):
         )
         best = np.argmax(weights @ self.encoding.encode(candidates).T, axis=1)
         return np.bincount(best, minlength=len(candidates)) / _SAMPLES
+
+
+def kind_of(candidate: Candidate) -> str:
+    """What is grown where, with `*` for numbers: layers of a kind are alike in many models.
+
+    `fc*: glu` is a chunk seed on the output of such a layer, `fc*->fc*: mlp_relu` a unit between
+    two, and `on fc*: low_rank` a unit beside one.
+    """
+    first, _, last = candidate.site.partition("->")
+    place = f"on {first}" if first == last else candidate.site
+    return f"{re.sub('[0-9]+', '*', place)}: {candidate.blueprint}"
 
 
 def transformed(name: str, value: float) -> float:

@@ -88,7 +88,7 @@ def test_features_are_what_was_known_when_it_began_and_nothing_that_was_not():
     assert features["grad_energy"] == pytest.approx(float(report.sites[0].grad_energy[0]))
     cost = report.sites[0].seed_parameters["mlp_relu"]
     assert features["cost_frac"] == pytest.approx(cost / report.host_parameters)
-    assert features["awake_frac"] == 0
+    assert features["crowd"] == 1
 
 
 def test_a_draw_goes_with_its_report():

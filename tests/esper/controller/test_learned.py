@@ -10,19 +10,19 @@ from esper.config.base import ConfigError
 from esper.controller import LearnedOptions, Shield, TamiyoOptions
 from esper.controller.adaptations import Candidate, draws_of
 from esper.controller.contract import ControllerContract, random_reports
-from esper.controller.learned import FLAG, Encoding, PolicyModel
+from esper.controller.learned import FLAG, Encoding, PolicyModel, kind_of
 from esper.seeds.actions import Germinate
 
 EAGER = {"patience_intervals": 1, "seeds_per_wave": 4}
 ENCODING = Encoding(
     features=("cost_frac", "is_span"), means=(0.0, 0.5), scales=(1.0, 0.5),
-    blueprints=("mlp_gelu", "mlp_relu"), grafts=("linear",),
+    kinds=(), blueprints=("mlp_gelu", "mlp_relu"), grafts=("linear",),
 )  # fmt: skip
 
 
 def model_of(weights, sd=0.01, intercept=0.1):
     covariance = tuple(map(tuple, (np.eye(5) * sd**2).tolist()))
-    return PolicyModel(encoding=ENCODING, intercept=intercept, weights=weights,
+    return PolicyModel(encoding=ENCODING, intercept=intercept, weights=weights, waves=100,
                        covariance=covariance, noise_sd=0.1, reports=100, models=("m",))  # fmt: skip
 
 
@@ -140,6 +140,21 @@ def test_the_chances_are_those_of_the_draws(build):
     mean, sd = model.predict(candidates)
     assert mean[0] - mean[1] == pytest.approx(0.05)
     assert (sd > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("site", "kind"),
+    [
+        ("blocks.11.fc1->blocks.11.fc2", "blocks.*.fc*->blocks.*.fc*: glu"),
+        ("blocks.11.fc1->blocks.11.fc1", "on blocks.*.fc*: glu"), ("fc1", "fc*: glu"),
+    ],
+)  # fmt: skip
+def test_layers_of_a_kind_are_alike_whatever_their_number(site, kind):
+    candidate = Candidate(site=site, seed=0, blueprint="glu", graft="linear", features={})
+    assert kind_of(candidate) == kind
+    encoding = ENCODING.model_copy(update={"kinds": ("other", kind)})
+    other = candidate.model_copy(update={"blueprint": "mlp_relu"})
+    assert encoding.encode([candidate, other])[:, 2:4].tolist() == [[0, 1], [0, 0]]
 
 
 @pytest.mark.parametrize(

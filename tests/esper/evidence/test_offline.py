@@ -11,7 +11,7 @@ from esper.controller.adaptations import Candidate, Draw, FieldReport
 from esper.controller.field_reports import FieldReports
 from esper.controller.learned import read_model
 from esper.evidence.offline import offline_value
-from esper.evidence.policy_training import fit, judge, reward
+from esper.evidence.policy_training import fit, judge, rewards, waves
 
 TRUE = np.array([0.1, 0.3, 0.6])
 
@@ -65,55 +65,124 @@ def test_wrong_logs_are_refused(change, says):
         offline_value(**given | change)
 
 
-def drawn_reports(runs=40, seed=0):
-    """Adaptations whose gain depends on the blueprint and on the energy."""
+def drawn_reports(runs=40, seed=0, wave=1):
+    """Waves whose gain depends on the blueprint and on the energy of each of their seeds."""
     rng = np.random.default_rng(seed)
     for run in range(runs):
         for number in range(6):
-            candidates = tuple(
-                Candidate(site="s", seed=i, blueprint=b, graft="linear",
-                          features={"grad_energy": float(rng.lognormal()), "noise": rng.normal()})
-                for i, b in enumerate(("mlp_relu", "mlp_gelu", "glu"))
-            )  # fmt: skip
-            at = int(rng.integers(3))
-            c = candidates[at]
-            share = (
-                0.1 * (c.blueprint == "glu") + 0.02 * np.log(c.features["grad_energy"])
-                + rng.normal(0, 0.02)
-            )  # fmt: skip
-            yield FieldReport(
-                request_id=f"run{run}-{seed}.{number}", model="m", policy="exploring", interval=1,
-                ended=2, chosen=c, draw=Draw(candidates=candidates, chosen=at, propensity=1 / 3),
-                outcome="kept", before=2.0, after=2.0 * (1 - share), gain_se=0.01,
-            )  # fmt: skip
+            drawn, share = [], 0.0
+            for _ in range(wave):
+                candidates = tuple(
+                    Candidate(site="s", seed=i, blueprint=b, graft="linear", features={
+                        "grad_energy": float(rng.lognormal()), "noise": rng.normal(),
+                        "cost_frac": 0.25, "held_out_loss": 2.0,
+                    })
+                    for i, b in enumerate(("mlp_relu", "mlp_gelu", "glu"))
+                )  # fmt: skip
+                at = int(rng.integers(3))
+                drawn.append((candidates, at))
+                c = candidates[at]
+                share += 0.1 * (c.blueprint == "glu") + 0.02 * np.log(c.features["grad_energy"])
+            share += rng.normal(0, 0.02)
+            for i, (candidates, at) in enumerate(drawn):
+                yield FieldReport(
+                    request_id=f"run{run}-{seed}.{number}.{i}", model="m", policy="exploring",
+                    interval=1 + number, ended=2 + number, chosen=candidates[at],
+                    draw=Draw(candidates=candidates, chosen=at, propensity=1 / 3),
+                    # one by one they are worth nothing: taken away, another takes its place
+                    outcome="kept", before=2.0 * (1 - share), after=2.0 * (1 - share), gain_se=0.01,
+                )  # fmt: skip
 
 
-def test_what_makes_gains_is_learned():
-    model = fit(list(drawn_reports()))
-    weight = dict(zip(
-        (*model.encoding.features, *model.encoding.blueprints), model.weights, strict=False
-    ))  # fmt: skip
-    assert weight["glu"] - weight["mlp_relu"] == pytest.approx(0.1, abs=0.02)
+@pytest.mark.parametrize("wave", [1, 3])
+def test_what_makes_gains_is_learned(wave):
+    reports = list(drawn_reports(wave=wave))
+    model = fit(reports)
+    encoding = model.encoding
+    assert encoding.kinds == ("s: glu", "s: mlp_gelu", "s: mlp_relu")
+    names = (*encoding.features, *encoding.kinds, *encoding.blueprints)
+    weight = dict(zip(names, model.weights, strict=False))
+    glu, relu = (weight[f"s: {b}"] + weight[b] for b in ("glu", "mlp_relu"))
+    # for each parameter, in units of the typical gain
+    shares = [(1 - w[0].after / 2.0) / (0.25 * wave) for w in waves(reports)]
+    typical = np.sqrt(np.mean(np.square(shares)))
+    assert glu - relu == pytest.approx(0.1 / 0.25 / typical, rel=0.25)
     assert weight["grad_energy"] > 5 * abs(weight["noise"])
-    assert model.noise_sd == pytest.approx(0.02, rel=0.3)
+    assert model.noise_sd == pytest.approx(0.02 / 0.25 / wave / typical, rel=0.3)
+    assert (model.reports, model.waves) == (240 * wave, 240)
+
+
+def test_what_all_candidates_have_in_common_is_not_learned_from():
+    reports = [
+        r.model_copy(update={"chosen": r.chosen.model_copy(
+            update={"features": r.chosen.features | {"loss": float(i), "grad_norm": 1.0 + i}}
+        )})
+        for i, r in enumerate(drawn_reports())
+    ]  # fmt: skip
+    assert set(fit(reports).encoding.features) == {"grad_energy", "noise", "cost_frac"}
 
 
 def test_a_policy_is_judged_by_runs_it_has_not_seen():
-    found = dict(judge(list(drawn_reports()), 0.1))
+    reports = list(drawn_reports())
+    found = dict(judge(reports, 0.1))
     assert found["learned"].dr.low > found["any"].dr.high
-    assert found["any"].snips.value == pytest.approx(1 / 30, abs=0.02)
+    assert found["any"].snips.value == pytest.approx(rewards(waves(reports)).mean(), abs=1e-9)
+    of_three = dict(judge(list(drawn_reports(wave=3)), 0.1))
+    # each choice alone moves its wave by a third
+    assert of_three["learned"].dr.low > of_three["any"].dr.value
 
 
-def test_a_reward_is_a_share_of_the_loss_or_nothing():
+def told(report, features=None, **change):
+    """A report with other features, too."""
+    chosen = report.chosen.model_copy(
+        update={"features": report.chosen.features | (features or {})}
+    )  # fmt: skip
+    return report.model_copy(update={"chosen": chosen, **change})
+
+
+def test_a_reward_is_the_loss_that_a_wave_saved_for_its_parameters():
+    first, second, third, other = list(drawn_reports(1, wave=4))[:4]
+    one = [told(first, after=1.0)]
+    two = [told(second, {"cost_frac": 0.5}, after=1.9, ended=2),
+           told(third, {"cost_frac": 0.5}, after=1.0, ended=3)]  # fmt: skip
+    a, b = rewards([one, two])
+    # half of the loss for a quarter of the parameters, and for all of them
+    assert a / b == pytest.approx(4)
+    # the root mean square of a model is 1, whatever its gains
+    assert np.mean([a * a, b * b]) == pytest.approx(1)
+    small = [told(other, after=1.999, model="n")]
+    assert rewards([one, two, small]) == pytest.approx([a, b, 1])
+
+
+def test_a_wave_is_of_one_run_and_one_time():
+    reports = list(drawn_reports(2, wave=3))
+    found = waves(reports[::-1])
+    assert [len(w) for w in found] == [3] * 12
+    assert all(len({(r.request_id.split(".")[0], r.interval) for r in w}) == 1 for w in found)
+
+
+def test_a_reward_is_nothing_where_nothing_was_measured_or_paid():
     report = next(drawn_reports())
-    assert reward(report) == pytest.approx((report.before - report.after) / 2.0)
-    assert reward(report.model_copy(update={"before": None, "after": None})) == 0
-    assert reward(report.model_copy(update={"after": 100.0})) == -1
+    given_up = told(report, before=None, after=None, outcome="culled")
+    free = told(report, {"cost_frac": 0.0})
+    assert rewards([[given_up], [free], [told(report, after=1.0)]])[:2].tolist() == [0, 0]
+    assert rewards([[given_up]]).tolist() == [0]
+    worse, doubled = rewards([[told(report, after=100.0)], [told(report, after=4.0)]])
+    assert worse == doubled < 0
+
+
+@pytest.mark.parametrize("name", ["cost_frac", "held_out_loss"])
+def test_a_report_without_what_a_reward_needs_is_refused(name):
+    report = next(drawn_reports())
+    features = {k: v for k, v in report.chosen.features.items() if k != name}
+    chosen = report.chosen.model_copy(update={"features": features})
+    with pytest.raises(ConfigError, match=f"hold {name}, but those of '{report.request_id}'"):
+        rewards([[report.model_copy(update={"chosen": chosen})]])
 
 
 def test_too_few_reports_are_refused():
     few = list(drawn_reports(5))
-    with pytest.raises(ConfigError, match="at least 50"):
+    with pytest.raises(ConfigError, match="at least 50 waves"):
         fit(few[:20])
     with pytest.raises(ConfigError, match="drawn by chance"):
         judge([r.model_copy(update={"draw": None}) for r in drawn_reports()], 0.1)
@@ -122,13 +191,18 @@ def test_too_few_reports_are_refused():
 def test_the_command_trains_registers_and_promotes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     FieldReports("sqlite:///reports.db").append(drawn_reports())
+    unmeasured = {"request_id": "u", "before": None, "after": None}
+    FieldReports("sqlite:///reports.db").append(
+        [next(drawn_reports()).model_copy(update=unmeasured)]
+    )
     uri = "sqlite:///mlflow.db"
     trained = CliRunner().invoke(app, [
         "policy", "train", "--reports", "sqlite:///reports.db", "--out", "policy.json",
         "--register", "--tracking-uri", uri,
     ])  # fmt: skip
     assert trained.exit_code == 0, trained.output
-    assert "240 field reports" in trained.output
+    assert "240 field reports in 240 waves" in trained.output
+    assert "1 adaptations were kept without an evaluation" in trained.output
     assert "models:/tamiyo-policy/1" in trained.output
     unknown = CliRunner().invoke(app, ["policy", "promote", "7", "--tracking-uri", uri])
     assert unknown.exit_code == 2
