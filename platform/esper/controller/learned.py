@@ -87,10 +87,10 @@ class Encoding(Config):
                 (transformed(name, c.features[name]) - mean) / scale if name in c.features else 0.0
                 for name, mean, scale in zip(self.features, self.means, self.scales, strict=True)
             ]
-            + [float(kind_of(c) == k) for k in self.kinds]
+            + [float(kind == k) for k in self.kinds]
             + [float(c.blueprint == b) for b in self.blueprints]
             + [float(c.graft == g) for g in self.grafts]
-            for c in candidates
+            for c, kind in ((c, kind_of(c)) for c in candidates)
         ]
         return np.array(numbers, np.float64).reshape(len(candidates), self.size)
 
