@@ -130,13 +130,15 @@ def features_of(report: Report, site: SiteReport, seed: int, blueprint: str) -> 
         blueprint: What it would compute.
     """
     host = max(1, report.host_parameters)
+    cost = site.seed_parameters[blueprint] / host
     known: dict[str, float | None] = {
         **{name: float(getattr(site, name)[seed]) for name in _SEED_FEATURES},
+        "bottleneck_per_cost": float(site.bottleneck[seed]) / cost if cost else None,
         **{f"{name}_rel": _relative(getattr(site, name), seed) for name in _SCORES},
         "unexplained": float(site.unexplained),
         "is_span": float(site.geometry == "span"),
         "crowd": 1.0 + len(site.seeds_in(*AWAKE_STAGES)),
-        "cost_frac": site.seed_parameters[blueprint] / host,
+        "cost_frac": cost,
         "grown_frac": report.parameters / host - 1,
         "interval": float(report.interval),
         "loss": report.loss,

@@ -49,6 +49,7 @@ _SAMPLES = 256
 _LOGARITHMIC = {
     "grad_energy", "bottleneck", "variance", "cost_frac", "loss", "held_out_loss", "grad_norm",
     "host_drift_frac", "grad_energy_rel", "bottleneck_rel", "interval", "unexplained", "crowd",
+    "bottleneck_per_cost",
 }  # fmt: skip
 _LEAST = 1e-12
 
@@ -141,7 +142,10 @@ class PolicyModel(Config):
         weights = rng.multivariate_normal(
             self.weights, np.array(self.covariance), _SAMPLES, method="eigh"
         )
-        best = np.argmax(weights @ self.encoding.encode(candidates).T, axis=1)
+        worth = weights @ self.encoding.encode(candidates).T
+        # candidates that the model cannot tell apart are as likely as each other
+        ties = rng.random(worth.shape) * 1e-9
+        best = np.argmax(worth + ties, axis=1)
         return np.bincount(best, minlength=len(candidates)) / _SAMPLES
 
 

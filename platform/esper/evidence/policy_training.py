@@ -1,9 +1,11 @@
 """From field reports to a policy: fitting the model of the gain, and judging it before use."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.linear_model import BayesianRidge
 
 from esper.config.base import ConfigError
@@ -15,7 +17,11 @@ from esper.evidence.paired import Floats
 LEAST_WAVES = 50
 _FOLDS = 5
 # what all candidates of a decision have in common does not tell which of them to choose
-_COMMON = {"grown_frac", "interval", "loss", "held_out_loss", "grad_norm", "host_drift_frac"}
+_COMMON = ("grown_frac", "interval", "loss", "held_out_loss", "grad_norm", "host_drift_frac")
+# waves of a model from which on what these tell of a gain is taken away
+_LEAST_OF_A_MODEL = 20
+_LEAST_HELP = 0.01
+_HEURISTIC = "bottleneck_per_cost"
 Wave = Sequence[FieldReport]
 
 
@@ -46,7 +52,8 @@ def rewards(waves: Sequence[Wave]) -> Floats:
     (a loss that doubled counts as -1), over the share of the host's parameters that it cost, and in
     units of the root mean square of these in its model, so that models with much to gain do not
     outvote the others. A wave that was given up before its evaluation, or that had no parameters,
-    saved nothing: 0.
+    saved nothing: 0. What the loss, its gradient and the like foretold of the gain, whatever was
+    grown, is taken away, its mean excepted.
 
     What its seeds are worth one by one is not asked: seeds that learned together share their work,
     and one that is taken away is missed more than one that never was.
@@ -64,9 +71,27 @@ def rewards(waves: Sequence[Wave]) -> Floats:
             worth[i] = np.clip(share, -1.0, 1.0) / cost
     models = np.array([wave[0].model for wave in waves])
     for model in np.unique(models):
-        typical = np.sqrt(np.mean(worth[models == model] ** 2))
-        worth[models == model] /= typical or 1.0
+        of_it = models == model
+        typical = np.sqrt(np.mean(worth[of_it] ** 2))
+        worth[of_it] /= typical or 1.0
+        worth[of_it] -= _foretold([w for w, x in zip(waves, of_it, strict=True) if x], worth[of_it])
     return worth
+
+
+def _foretold(waves: Sequence[Wave], worth: Floats) -> Floats:
+    """What was known of the runs before their waves explains of what these were worth, mean 0."""
+    features = [w[0].chosen.features for w in waves]
+    names = [n for n in _COMMON if all(n in f for f in features)]
+    x = np.array([[transformed(n, f[n]) for n in names] for f in features])
+    if len(waves) < _LEAST_OF_A_MODEL or not names:
+        return np.zeros(len(waves))
+    x = x[:, np.ptp(x, axis=0) > 0]
+    if not x.size:
+        return np.zeros(len(waves))
+    x = (x - x.mean(axis=0)) / x.std(axis=0)
+    found: Floats = BayesianRidge().fit(x, worth).predict(x)
+    explained: Floats = found - found.mean()
+    return explained
 
 
 def _known(report: FieldReport, name: str) -> float:
@@ -105,22 +130,8 @@ def fit(reports: Sequence[FieldReport]) -> PolicyModel:
             f"{len(known)}; gather more with a controller 'reported' or the service's "
             "/v1/feedback.",
         ))  # fmt: skip
-    chosen = [r.chosen for r in reports]
-    names = sorted({name for c in chosen for name in c.features} - _COMMON)
-    means, scales = [], []
-    for name in names:
-        values = [transformed(name, c.features[name]) for c in chosen if name in c.features]
-        means.append(float(np.mean(values)))
-        # a feature that never changes says nothing, and must not divide by 0
-        scales.append(float(np.std(values)) or 1.0)
-    encoding = Encoding(
-        features=tuple(names), means=tuple(means), scales=tuple(scales),
-        kinds=tuple(sorted({kind_of(c) for c in chosen})),
-        blueprints=tuple(sorted({c.blueprint for c in chosen})),
-        grafts=tuple(sorted({c.graft for c in chosen})),
-    )  # fmt: skip
-    rows = [_shares(wave) @ encoding.encode([r.chosen for r in wave]) for wave in known]
-    ridge = BayesianRidge().fit(np.array(rows), rewards(known))
+    encoding = _selected(known)
+    ridge = _ridge(encoding, known, rewards(known))
     return PolicyModel(
         encoding=encoding,
         intercept=float(ridge.intercept_), weights=tuple(ridge.coef_.tolist()),
@@ -128,6 +139,88 @@ def fit(reports: Sequence[FieldReport]) -> PolicyModel:
         noise_sd=float(ridge.alpha_**-0.5), reports=len(reports), waves=len(known),
         models=tuple(sorted({r.model for r in reports})),
     )  # fmt: skip
+
+
+def _selected(waves: Sequence[Wave]) -> Encoding:
+    """What carries over from model to model.
+
+    Beginning with what the heuristic scores by, so that a policy corrects it rather than forgets
+    it, features, kinds, blueprints and grafts are taken up one after the other, always the one with
+    which models that were left out are predicted best, until none makes the error smaller by a
+    hundredth. If there is one model alone, fifths of its runs are left out in turn.
+    """
+    whole = _everything([r.chosen for wave in waves for r in wave])
+    worth = rewards(waves)
+    models = sorted({w[0].model for w in waves})
+    runs = sorted({_run(w[0]) for w in waves})
+    fold = {m: i for i, m in enumerate(models)}
+    if len(models) == 1:
+        fold = {run: i % _FOLDS for i, run in enumerate(runs)}
+    folds = np.array([fold.get(w[0].model, fold.get(_run(w[0]), -1)) for w in waves])
+    choices: list[tuple[str, int | None]] = [("features", i) for i in range(len(whole.features))]
+    choices += [(name, None) for name in ("kinds", "blueprints", "grafts")]
+    taken: list[tuple[str, int | None]] = []
+    best = math.inf
+    if _HEURISTIC in whole.features:
+        taken.append(choices.pop(whole.features.index(_HEURISTIC)))
+        best = _error(_part(whole, taken), waves, worth, folds)
+    while choices:
+        errors = [_error(_part(whole, [*taken, c]), waves, worth, folds) for c in choices]
+        at = int(np.argmin(errors))
+        if errors[at] > (1 - _LEAST_HELP) * best:
+            break
+        best = errors[at]
+        taken.append(choices.pop(at))
+    return _part(whole, taken)
+
+
+def _everything(chosen: Sequence[Candidate]) -> Encoding:
+    names = sorted({name for c in chosen for name in c.features} - {*_COMMON})
+    means, scales = [], []
+    for name in names:
+        values = [transformed(name, c.features[name]) for c in chosen if name in c.features]
+        means.append(float(np.mean(values)))
+        # a feature that never changes says nothing, and must not divide by 0
+        scales.append(float(np.std(values)) or 1.0)
+    return Encoding(
+        features=tuple(names), means=tuple(means), scales=tuple(scales),
+        kinds=tuple(sorted({kind_of(c) for c in chosen})),
+        blueprints=tuple(sorted({c.blueprint for c in chosen})),
+        grafts=tuple(sorted({c.graft for c in chosen})),
+    )  # fmt: skip
+
+
+def _part(whole: Encoding, taken: Sequence[tuple[str, int | None]]) -> Encoding:
+    """An encoding of some features, and of some of kinds, blueprints and grafts."""
+    some = sorted(i for name, i in taken if i is not None)
+    names = {name for name, _ in taken}
+    return Encoding(
+        **{k: tuple(getattr(whole, k)[i] for i in some) for k in ("features", "means", "scales")},
+        **{k: getattr(whole, k) if k in names else () for k in ("kinds", "blueprints", "grafts")},
+    )
+
+
+def _error(
+    encoding: Encoding, waves: Sequence[Wave], worth: Floats, folds: NDArray[np.int64]
+) -> float:
+    """Mean squared error on folds that were left out, the level of each taken as known."""
+    total = 0.0
+    for i in np.unique(folds):
+        rest = [w for w, f in zip(waves, folds, strict=True) if f != i]
+        left_out = [w for w, f in zip(waves, folds, strict=True) if f == i]
+        ridge = _ridge(encoding, rest, worth[folds != i])
+        missed = worth[folds == i] - ridge.predict(_rows(encoding, left_out))
+        total += float(np.var(missed))
+    return total
+
+
+def _rows(encoding: Encoding, waves: Sequence[Wave]) -> Floats:
+    """Waves as the means of their seeds, shape `[waves, size]`."""
+    return np.array([_shares(w) @ encoding.encode([r.chosen for r in w]) for w in waves])
+
+
+def _ridge(encoding: Encoding, waves: Sequence[Wave], worth: Floats) -> BayesianRidge:
+    return BayesianRidge().fit(_rows(encoding, waves), worth)
 
 
 def predicted(model: PolicyModel, waves: Sequence[Wave]) -> Floats:

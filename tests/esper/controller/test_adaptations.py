@@ -11,7 +11,13 @@ from pydantic import ValidationError
 from esper.config.base import ConfigError, validate
 from esper.config.run import RunConfig
 from esper.controller import ReportedOptions, Shield
-from esper.controller.adaptations import Adaptations, Candidate, Draw, FieldReport
+from esper.controller.adaptations import (
+    Adaptations,
+    Candidate,
+    Draw,
+    FieldReport,
+    features_of,
+)
 from esper.controller.contract import ControllerContract, random_reports
 from esper.controller.field_reports import FieldReports
 from esper.environment import fingerprint
@@ -89,6 +95,10 @@ def test_features_are_what_was_known_when_it_began_and_nothing_that_was_not():
     cost = report.sites[0].seed_parameters["mlp_relu"]
     assert features["cost_frac"] == pytest.approx(cost / report.host_parameters)
     assert features["crowd"] == 1
+    assert "bottleneck_per_cost" not in features
+    measured = report_with(Stage.DORMANT, bottleneck=0.5)
+    known = features_of(measured, measured.sites[0], 0, "mlp_relu")
+    assert known["bottleneck_per_cost"] == pytest.approx(0.5 / known["cost_frac"])
 
 
 def test_a_draw_goes_with_its_report():

@@ -137,6 +137,9 @@ def test_the_chances_are_those_of_the_draws(build):
     chances = model.chances(candidates, 0)
     assert chances.sum() == pytest.approx(1)
     assert chances[0] == chances.max()
+    # alike in all that the model knows: as likely as each other
+    alike = [candidates[0].model_copy(update={"seed": i}) for i in range(4)]
+    assert model.chances(alike, 0) == pytest.approx(np.full(4, 0.25), abs=0.1)
     mean, sd = model.predict(candidates)
     assert mean[0] - mean[1] == pytest.approx(0.05)
     assert (sd > 0).all()
