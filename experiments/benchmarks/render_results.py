@@ -18,9 +18,9 @@ sweeps of commits before 61de9e8, the FLOPs of choosing matched units are missin
 2026-11-23). `ab_gpt_growth` ran on two H200 with ten trials on each, `ab_mnist1d` on that machine's
 32 cores (Python 3.12, torch 2.11). `ab_size_spirals` and `ab_geometries` ran on 5 cores of another
 machine (Intel Xeon, Python 3.12, torch 2.11), from an archive without its history: their commit was
-entered by the hash of the code in their records; `arena_growth` ran on 16. `ab_adapt_gpt` ran on one
-H200, twelve trials at a time beside other work; its commit was entered likewise. All others ran on two
-cores (Python 3.11, torch 2.13), those of 2026-11-29 beside other work; seconds are at best
+entered by the hash of the code in their records; `arena_growth` ran on 16. `ab_adapt_gpt` ran on
+one H200, twelve trials at a time beside other work; its commit was entered likewise. All others ran
+on two cores (Python 3.11, torch 2.13), those of 2026-11-29 beside other work; seconds are at best
 comparable within a sweep only.
 """
 COLUMNS = ("arm", "mean", "sd", "worst", "parameters", "steps", "training MFLOP", "seconds")
