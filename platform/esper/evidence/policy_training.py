@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import BayesianRidge
+from sklearn.model_selection import GroupKFold, LeaveOneGroupOut, cross_val_predict
 
 from esper.config.base import ConfigError
 from esper.controller.adaptations import Candidate, FieldReport
@@ -23,6 +24,7 @@ _LEAST_OF_A_MODEL = 20
 _LEAST_HELP = 0.01
 _HEURISTIC = "bottleneck_per_cost"
 Wave = Sequence[FieldReport]
+Indices = NDArray[np.int64]
 
 
 class Judged(NamedTuple):
@@ -121,7 +123,7 @@ def fit(reports: Sequence[FieldReport]) -> PolicyModel:
         reports: What became of adaptations, however they were chosen.
 
     Raises:
-        ConfigError: If there are too few.
+        ConfigError: If there are too few, or they are of one model and too few runs.
     """
     known = waves(reports)
     if len(known) < LEAST_WAVES:
@@ -131,7 +133,7 @@ def fit(reports: Sequence[FieldReport]) -> PolicyModel:
             "/v1/feedback.",
         ))  # fmt: skip
     encoding = _selected(known)
-    ridge = _ridge(encoding, known, rewards(known))
+    ridge = BayesianRidge().fit(_rows(encoding, known), rewards(known))
     return PolicyModel(
         encoding=encoding,
         intercept=float(ridge.intercept_), weights=tuple(ridge.coef_.tolist()),
@@ -151,21 +153,24 @@ def _selected(waves: Sequence[Wave]) -> Encoding:
     """
     whole = _everything([r.chosen for wave in waves for r in wave])
     worth = rewards(waves)
-    models = sorted({w[0].model for w in waves})
-    runs = sorted({_run(w[0]) for w in waves})
-    fold = {m: i for i, m in enumerate(models)}
-    if len(models) == 1:
-        fold = {run: i % _FOLDS for i, run in enumerate(runs)}
-    folds = np.array([fold.get(w[0].model, fold.get(_run(w[0]), -1)) for w in waves])
+    models, runs = [w[0].model for w in waves], [_run(w[0]) for w in waves]
+    alone = len({*models}) == 1
+    if alone and len({*runs}) < _FOLDS:
+        raise ConfigError("field reports", (
+            f"waves of one model must come from at least {_FOLDS} runs, but '{models[0]}' has "
+            f"{len({*runs})}; gather more with a controller 'reported'.",
+        ))  # fmt: skip
+    parts = GroupKFold(_FOLDS) if alone else LeaveOneGroupOut()
+    splits = list(parts.split(worth, groups=runs if alone else models))
     choices: list[tuple[str, int | None]] = [("features", i) for i in range(len(whole.features))]
     choices += [(name, None) for name in ("kinds", "blueprints", "grafts")]
     taken: list[tuple[str, int | None]] = []
     best = math.inf
     if _HEURISTIC in whole.features:
         taken.append(choices.pop(whole.features.index(_HEURISTIC)))
-        best = _error(_part(whole, taken), waves, worth, folds)
+        best = _error(_part(whole, taken), waves, worth, splits)
     while choices:
-        errors = [_error(_part(whole, [*taken, c]), waves, worth, folds) for c in choices]
+        errors = [_error(_part(whole, [*taken, c]), waves, worth, splits) for c in choices]
         at = int(np.argmin(errors))
         if errors[at] > (1 - _LEAST_HELP) * best:
             break
@@ -201,26 +206,18 @@ def _part(whole: Encoding, taken: Sequence[tuple[str, int | None]]) -> Encoding:
 
 
 def _error(
-    encoding: Encoding, waves: Sequence[Wave], worth: Floats, folds: NDArray[np.int64]
-) -> float:
-    """Mean squared error on folds that were left out, the level of each taken as known."""
-    total = 0.0
-    for i in np.unique(folds):
-        rest = [w for w, f in zip(waves, folds, strict=True) if f != i]
-        left_out = [w for w, f in zip(waves, folds, strict=True) if f == i]
-        ridge = _ridge(encoding, rest, worth[folds != i])
-        missed = worth[folds == i] - ridge.predict(_rows(encoding, left_out))
-        total += float(np.var(missed))
-    return total
+    encoding: Encoding, waves: Sequence[Wave], worth: Floats,
+    splits: Sequence[tuple[Indices, Indices]],
+) -> float:  # fmt: skip
+    """Sum of the variances of the errors on parts left out; the level of each is taken as known."""
+    rows = _rows(encoding, waves)
+    missed = worth - cross_val_predict(BayesianRidge(), rows, worth, cv=splits)
+    return sum(float(np.var(missed[left_out])) for _, left_out in splits)
 
 
 def _rows(encoding: Encoding, waves: Sequence[Wave]) -> Floats:
     """Waves as the means of their seeds, shape `[waves, size]`."""
     return np.array([_shares(w) @ encoding.encode([r.chosen for r in w]) for w in waves])
-
-
-def _ridge(encoding: Encoding, waves: Sequence[Wave], worth: Floats) -> BayesianRidge:
-    return BayesianRidge().fit(_rows(encoding, waves), worth)
 
 
 def predicted(model: PolicyModel, waves: Sequence[Wave]) -> Floats:

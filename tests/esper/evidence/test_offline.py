@@ -218,6 +218,9 @@ def test_too_few_reports_are_refused():
     few = list(drawn_reports(5))
     with pytest.raises(ConfigError, match="at least 50 waves"):
         fit(few[:20])
+    with pytest.raises(ConfigError, match="at least 5 runs, but 'm' has 1"):
+        fit([r.model_copy(update={"request_id": f"run.{i}", "interval": i + 1, "ended": i + 2})
+             for i, r in enumerate(drawn_reports(10))])  # fmt: skip
     with pytest.raises(ConfigError, match="drawn by chance"):
         judge([r.model_copy(update={"draw": None}) for r in drawn_reports()], 0.1)
 
